@@ -1,0 +1,1 @@
+"""torch.nn modules on top of the operations."""

@@ -1,0 +1,256 @@
+"""`MultiscaleAttention`: the whole layer, from tokens to tokens."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maha_attn.layers import decoding
+from maha_attn.layers.cache import AttentionCache
+from maha_attn.layers.fusion import ScaleFusion
+from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
+from maha_attn.ops.fusion import Fused
+from maha_attn.ops.rotary import rotary_table, rotate
+from maha_attn.ops.scale_attention import scale_attention
+from maha_attn.spec import AttentionSpec
+
+
+class FusionInfo(NamedTuple):
+    """What fusion decided, for every token of the input.
+
+    Attributes:
+        weights: ``[B, H, N, S]``, at least fp32; 0 where a scale is unavailable and at padding.
+        residual: ``[B, H, N]``, the solver's KKT residual; None where nothing was solved.
+        status: ``[B, H, N]``, `maha_attn.ops.qp.Status`; None where nothing was solved.
+    """
+
+    weights: Tensor
+    residual: Tensor | None
+    status: Tensor | None
+
+
+class MultiscaleAttention(nn.Module):
+    """Multiscale aggregated hierarchical attention (arXiv 2512.14925; formulation §1 to §7).
+
+    ``O_s = softmax(Q_s K_sᵀ/√K) V_s`` at every scale ``s`` of a learnable pyramid, then per token
+    and head ``O* = Σ_s w_s u_s`` with ``w`` the solution of a small optimisation problem, then an
+    output projection. With one scale it is plain attention (``preset="paper"``) or a sliding window
+    (``preset="window"``).
+
+    Args:
+        spec: The options.
+
+    Example:
+        >>> import torch
+        >>> from maha_attn import AttentionSpec, MultiscaleAttention
+        >>> layer = MultiscaleAttention(AttentionSpec(hidden_size=64, num_heads=4, window=16))
+        >>> y, info = layer(torch.randn(2, 100, 64), return_info=True)
+        >>> y.shape, info.weights.shape
+        (torch.Size([2, 100, 64]), torch.Size([2, 4, 100, 4]))
+
+    Cost: attention FLOPs ``4·D`` per executed query-key pair, linear in ``N`` but for the coarsest
+    scale (``(N/r^(S-1))²/2`` pairs); projections ``2D²N(2 Σ_s r^-s + 2)``.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.hidden_size
+        self.pyramid = ScalePyramid(spec)
+        self.q_proj, self.k_proj = (
+            nn.ModuleList(nn.Linear(width, width, bias=spec.bias) for _ in range(spec.num_scales))
+            for _ in range(2)
+        )
+        self.v_proj = nn.Linear(width, width, bias=spec.bias)
+        self.fusion = ScaleFusion(spec) if spec.num_scales > 1 else None
+        self.out_proj = nn.Linear(width, width, bias=spec.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        cache: AttentionCache | None = None,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, FusionInfo]:
+        """Attend.
+
+        Args:
+            x: ``[B, N, D]``, floating point, ``N ≥ 1``.
+            padding_mask: ``[B, N]`` bool, True at real tokens, of ``x``'s tokens alone. The real
+                tokens of a row are its sequence, wherever the padding stands.
+            cache: An `AttentionCache` (causal only): an empty one is filled; a filled one is
+                continued by the tokens of ``x``.
+            return_info: Also return the `FusionInfo`.
+
+        Returns:
+            ``y`` ``[B, N, D]``, zero at padding; with ``return_info``, ``(y, info)``.
+
+        Raises:
+            TypeError: ``x`` is not floating point, or ``padding_mask`` is not boolean.
+            ValueError: A shape is not as above, or ``cache`` is used in a bidirectional layer.
+        """
+        self._check(x, padding_mask, cache)
+        lengths = order = None
+        if padding_mask is not None:
+            lengths = padding_mask.sum(1)
+            # Stable: the real tokens move to the front of their row, in order.
+            order = torch.sort(~padding_mask, dim=1, stable=True).indices
+            x = _take(torch.where(padding_mask[..., None], x, 0), order)
+        if cache is None:
+            output, info = self._full(x, lengths)
+        else:
+            counts = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
+            if cache.is_empty:
+                output, info = self._full(x, lengths, cache, counts)
+            else:
+                output, info = decoding.extend(self, cache, x, counts)
+            cache.seen += x.shape[1]
+        y = self.out_proj(output)
+        if order is not None:
+            assert padding_mask is not None
+            inverse = torch.argsort(order, dim=1)
+            y = torch.where(padding_mask[..., None], _take(y, inverse), 0)
+            info = info and _unpack(info, inverse, padding_mask)
+        if not return_info:
+            return y
+        return y, FusionInfo(*self._complete(info, y))
+
+    def _full(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        cache: AttentionCache | None = None,
+        counts: list[int] | None = None,
+    ) -> tuple[Tensor, Fused | None]:
+        """The whole sequence at once; real tokens stand at the front of their rows."""
+        spec = self.spec
+        scales = self.pyramid.scales(x, lengths)
+        base = self.v_proj(x)
+        values = self.pyramid.scales(
+            base if lengths is None else zero_beyond(base, lengths), lengths
+        )
+        gated = self.pyramid.gated(scales)
+        features = self.pyramid.convolved(gated, lengths)
+        tokens = torch.arange(x.shape[1], device=x.device)
+        table = self.table(tokens)
+        outputs, keys = [], []
+        for s, span in enumerate(spec.spans[: len(scales)]):
+            length = scales[s].shape[1]
+            fine = spec.queries == "fine" and s > 0
+            q, k = self.project_qk(s, features[0 if fine else s], features[s])
+            q = rotate(q, self.query_table(s, tokens) if fine else table[:length])
+            keys.append(rotate(k, table[:length]).transpose(1, 2))
+            outputs.append(
+                scale_attention(
+                    q.transpose(1, 2),
+                    keys[s],
+                    self.split(values[s]).transpose(1, 2),
+                    window=span,
+                    causal=spec.causal,
+                    stride=spec.strides[s] if fine else 1,
+                    lengths=None
+                    if spec.causal or lengths is None
+                    else self.pyramid.lengths(lengths, s),
+                )
+            )
+        if cache is not None:
+            assert counts is not None
+            decoding.fill(
+                cache, counts, scales=scales, values=values, gated=gated, keys=keys, outputs=outputs
+            )
+        if self.fusion is None:
+            return outputs[0].transpose(1, 2).flatten(2), None
+        fused = self.fusion(outputs, x, self.split(base).transpose(1, 2), lengths)
+        return fused.output.transpose(1, 2).flatten(2), fused
+
+    def project_qk(self, s: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of scale ``s`` out of features ``[B, N, D]``, not yet rotated.
+
+        Returns:
+            ``[B, N, H, K]`` each.
+        """
+        return self.split(self.q_proj[s](queries)), self.split(self.k_proj[s](keys))
+
+    def table(self, positions: Tensor) -> Tensor:
+        """Rotary table of positions in tokens of a scale; fp32 unless the layer is fp64."""
+        dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
+        return rotary_table(positions, self.spec.head_dim, self.spec.rope_theta, dtype)
+
+    def query_table(self, s: int, tokens: Tensor) -> Tensor:
+        """Rotary table of fine queries at scale ``s``.
+
+        Token ``t`` stands at ``(t+1)/r^s - 1``: the last token of a block where the block stands.
+        """
+        dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
+        return self.table((tokens + 1).to(dtype) / self.spec.strides[s] - 1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, H, K]``."""
+        return x.unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
+
+    def _complete(
+        self, fused: Fused | None, y: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weights for all ``S`` scales and every token, also where the input has fewer scales."""
+        batch, length = y.shape[:2]
+        shape = (batch, self.spec.num_heads, length)
+        if fused is None:
+            return torch.ones(*shape, 1, device=y.device), None, None
+        weights = fused.weights.expand(*shape, -1)
+        weights = F.pad(weights, (0, self.spec.num_scales - weights.shape[-1]))
+        residual = None if fused.residual is None else fused.residual.expand(shape)
+        return weights, residual, None if fused.status is None else fused.status.expand(shape)
+
+    def _check(self, x: Tensor, padding_mask: Tensor | None, cache: AttentionCache | None) -> None:
+        width = self.spec.hidden_size
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"x must have shape [B, N, {width}], got {list(x.shape)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"x must have at least one token, got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}; embed token ids first")
+        if padding_mask is not None:
+            if padding_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"padding_mask must be boolean (True = real token), got {padding_mask.dtype}; "
+                    "use mask.bool()"
+                )
+            if padding_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"padding_mask must have shape {list(x.shape[:2])} as x has, got "
+                    f"{list(padding_mask.shape)}"
+                )
+        if cache is not None:
+            if not self.spec.causal:
+                raise ValueError(
+                    "cache needs a causal layer: a bidirectional one sees later tokens"
+                )
+            cache.check(self.spec, x)
+
+    def extra_repr(self) -> str:
+        """The options, in ``print(layer)``."""
+        return repr(self.spec)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b, n]]`` for ``x`` ``[B, N, D]``."""
+    return torch.take_along_dim(x, index[..., None], 1)
+
+
+def _unpack(fused: Fused, inverse: Tensor, padding_mask: Tensor) -> Fused:
+    """Bring per-token results back to where the tokens stood; 0 at padding."""
+
+    def move(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        trailing = (1,) * (x.dim() - 3)
+        index = inverse[:, None].reshape(*inverse[:, None].shape, *trailing)
+        x = x.expand(*x.shape[:2], inverse.shape[1], *x.shape[3:])
+        real = padding_mask[:, None].reshape(*padding_mask[:, None].shape, *trailing)
+        return torch.where(real, torch.take_along_dim(x, index, 2), 0)
+
+    weights = move(fused.weights)
+    assert weights is not None
+    return Fused(fused.output, weights, move(fused.residual), move(fused.status))

@@ -1,0 +1,95 @@
+"""The learnable side of fusion: logits or prior, target, and the Gram matrix's scale."""
+
+import torch
+from torch import Tensor, nn
+
+from maha_attn.ops.fusion import Fused, fuse, fuse_stacked
+from maha_attn.spec import AttentionSpec
+
+
+class ScaleFusion(nn.Module):
+    """Parameters of ``spec.fusion`` and the problem that they pose for each token.
+
+    A new layer favours the finest scale by ``spec.prior_init`` in its logits or prior: it begins
+    as a sliding window and lets the coarse scales earn their weight (formulation §9).
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        heads, scales, width = spec.num_heads, spec.num_scales, spec.hidden_size
+        kind = {"static": "static", "gate": "gate", "convex": spec.prior}.get(spec.fusion, "none")
+        self.logits = nn.Parameter(torch.empty(heads, scales)) if kind != "none" else None
+        self.gate_proj = nn.Linear(width, heads * scales, bias=False) if kind == "gate" else None
+        convex = spec.fusion == "convex"
+        self.target_proj = (
+            nn.Linear(width, width, bias=spec.bias) if convex and spec.target == "learned" else None
+        )
+        self.log_gram = nn.Parameter(torch.empty(heads)) if convex and spec.learned_gram else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Logits 0 but the finest's, the gate's slope 0, ``γ = 1``."""
+        if self.logits is not None:
+            nn.init.zeros_(self.logits)
+            nn.init.constant_(self.logits[:, :1], self.spec.prior_init)
+        if self.gate_proj is not None:
+            nn.init.zeros_(self.gate_proj.weight)
+        if self.log_gram is not None:
+            nn.init.zeros_(self.log_gram)
+
+    def forward(
+        self,
+        outputs: list[Tensor],
+        x: Tensor,
+        values: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Fused:
+        """Fuse the outputs of the scales that the input has.
+
+        Args:
+            outputs: Finest first, as `maha_attn.ops.fusion.fuse` takes them.
+            x: The layer's input, ``[B, N, D]``.
+            values: The tokens' base values ``V_0``, ``[B, H, N, K]``.
+            lengths: Real tokens of each row, ``[B]``.
+        """
+        return fuse(
+            outputs,
+            strides=self.spec.strides[: len(outputs)],
+            fine=self.spec.queries == "fine",
+            causal=self.spec.causal,
+            lengths=lengths,
+            per_sequence=self.spec.granularity == "sequence",
+            **self._problem(x, values, outputs[0], len(outputs)),
+        )
+
+    def step(self, stacked: Tensor, available: Tensor, x: Tensor, values: Tensor) -> Fused:
+        """`forward` for outputs ``[B, H, N, S, K]`` that are upsampled already (decoding)."""
+        problem = self._problem(x, values, stacked[..., 0, :], stacked.shape[3])
+        return fuse_stacked(stacked, available, **problem)
+
+    def _problem(self, x: Tensor, values: Tensor, finest: Tensor, num_scales: int) -> dict:
+        spec = self.spec
+        logits = None
+        if self.logits is not None:
+            logits = self.logits[None, :, None]
+            if self.gate_proj is not None:
+                logits = logits + self.gate_proj(x).unflatten(-1, self.logits.shape).transpose(1, 2)
+            logits = logits[..., :num_scales]
+        target = None
+        if spec.fusion == "convex":
+            if self.target_proj is not None:
+                target = self.target_proj(x).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+            else:
+                target = {"value": values, "finest": finest}.get(spec.target)
+        return {
+            "method": spec.fusion,
+            "logits": logits,
+            "target": target,
+            "gram_scale": None if self.log_gram is None else self.log_gram.exp(),
+            "ridge": spec.ridge,
+            "sparsity": spec.sparsity,
+            "temperature": spec.temperature,
+            "constraint": spec.constraint,
+        }

@@ -1,0 +1,297 @@
+"""The two iterations behind `maha_attn.ops.qp`, in structure-of-arrays layout.
+
+Shapes: ``M`` is ``[S, S, P]``, a vector of a problem ``[S, P]``, a scalar of a problem ``[P]``, with
+the ``P`` problems contiguous: one step of an elimination is one operation over all problems, and
+LAPACK's cost per tiny matrix is not paid. Everything is fp64. Masks are 0.0 or 1.0, since
+arithmetic on them is vectorised where ``torch.where`` is not. Both iterations, and the derivative
+of what they find, solve one and the same reduced system, `projected_solve`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FAR = 1e100  # -FAR is an unavailable scale's linear term: no step finds it worth a weight
+_TINY = 1e-300
+_ACTIVE_SET_STEPS = 64  # at most 2^S - 1 are needed; 18 were the most ever seen
+_PLAIN_STEPS = 8
+_DAMPED_STEPS = 80
+_CPU_BLOCK = 8192  # problems advanced together: what they touch stays in cache
+_EPS = torch.finfo(torch.float64).eps
+
+State = dict[str, Tensor]
+
+
+def matvec(M: Tensor, w: Tensor) -> Tensor:
+    """``Mw`` for symmetric ``M``."""
+    product = M[0] * w[0]
+    for k in range(1, w.shape[0]):
+        product.addcmul_(M[k], w[k])
+    return product
+
+
+def projected_solve(
+    M: Tensor,
+    d: Tensor,
+    shift: Tensor | float,
+    rhs: Tensor,
+    tight: Tensor | None,
+    *,
+    total: float = 0.0,
+    eps: float = _EPS,
+) -> Tensor:
+    """``p = d∘(x - θy)`` with ``(M diag(d) + diag(shift)) [x, y] = [rhs, 1]``.
+
+    Where ``tight`` is 1, θ makes ``Σp = total``; where it is 0, or None for all, so is θ.
+
+    - ``d`` the 0/1 mask of the free weights and ``shift = 1 - d``: ``p`` minimises
+      ``½pᵀMp - rhsᵀp`` over the free weights.
+    - ``d = w`` and ``shift = τ``: ``p = (M + τ diag(1/w))⁻¹ rhs``, without dividing by ``w``.
+
+    Elimination without pivoting: the matrix is diagonally similar to ``√d M √d + shift``, positive
+    definite, and has the same pivots. One that is lost to rounding is kept at ``S·eps`` of its
+    diagonal entry, so the result is finite for any ``M``. Cost: ``⅔S³`` multiply-adds a problem.
+    """
+    S = d.shape[0]
+    T = d.new_empty(S, S + 1 + (tight is not None), d.shape[1])
+    torch.mul(M, d, out=T[:, :S])
+    diagonal = T[:, :S].diagonal().T
+    diagonal.add_(shift)
+    diagonal.add_(diagonal.le(0))
+    floor = diagonal * (S * eps)
+    T[:, S] = rhs
+    T[:, S + 1 :] = 1
+    reciprocals = []
+    for j in range(S):
+        reciprocal = torch.maximum(T[j, j], floor[j]).reciprocal_()
+        reciprocals.append(reciprocal)
+        if j + 1 < S:
+            factors = (T[j + 1 :, j] * reciprocal)[:, None]
+            T[j + 1 :, j + 1 :].addcmul_(factors, T[j, None, j + 1 :], value=-1)
+    for j in reversed(range(S)):
+        solved = T[j, None, S:].mul_(reciprocals[j])
+        if j:
+            T[:j, S:].addcmul_(T[:j, j, None], solved, value=-1)
+    x = T[:, S]
+    if tight is None:
+        return x * d
+    y = T[:, S + 1]
+    theta = (d * x).sum(0).sub_(total).mul_(tight) / (d * y).sum(0).clamp_(min=_TINY)
+    return torch.addcmul(x, y, theta, value=-1).mul_(d)
+
+
+def _iterate(step: Callable[[State], Tensor], state: State, steps: int) -> Tensor | None:
+    """Run ``step`` until every problem is done; ``state["w"]`` is the result, in place.
+
+    ``step`` advances a state in place and returns 1.0 for the problems that are done, which it
+    leaves as they are from then on: no problem's result depends on its neighbours. On a CPU it sees
+    a block of problems at a time. Whenever half of those in work are done, they are dropped. One
+    synchronisation with the device a step. Returns the indices of those never done, or None.
+    """
+    result, index = state["w"], None
+    for _ in range(steps):
+        size = _CPU_BLOCK if result.device.type == "cpu" else state["w"].shape[1]
+        blocks = zip(*(x.split(size, -1) for x in state.values()), strict=True)
+        done = torch.cat([step(dict(zip(state, block, strict=True))) for block in blocks])
+        left = done.numel() - int(done.sum())
+        if left == 0 or 2 * left <= done.numel():
+            if index is not None:
+                result[:, index] = state["w"]
+            if left == 0:
+                return None
+            keep = (done == 0).nonzero()[:, 0]
+            index = keep if index is None else index[keep]
+            state = {name: x.index_select(-1, keep) for name, x in state.items()}
+    if index is None:
+        return torch.arange(result.shape[1], device=result.device)
+    result[:, index] = state["w"]
+    return index
+
+
+def active_set(M: Tensor, q: Tensor, constraint: str) -> Tensor:
+    """Minimise ``½wᵀMw - qᵀw`` by a primal active-set method in step form.
+
+    The iterate stays feasible. Each step solves for the minimiser over the free weights (and over
+    ``Σw = 1`` where that is ``tight``) from where it is, goes there or to the first bound in the
+    way, which it then holds; from a minimiser it releases the worst multiplier. The objective falls
+    from one minimiser to the next, so no active set comes twice and the number of steps is finite
+    (Nocedal & Wright, Numerical Optimization, algorithm 16.3). A problem is done when gradient and
+    multipliers are right to rounding; the steps before that act as iterative refinement, which is
+    why conditioning costs a step and no accuracy.
+    """
+    free = q.gt(-FAR).to(q.dtype)
+    state = {
+        "M": M,
+        "q": q,
+        "w": free / free.sum(0),
+        "free": free,
+        "tolerance": (4 * q.shape[0] * _EPS) * magnitude(M, q),
+    }
+    if constraint != "box":
+        state["tight"] = torch.ones_like(q[0])
+    _iterate(lambda state: _active_set_step(state, constraint), state, _ACTIVE_SET_STEPS)
+    return state["w"]
+
+
+def _active_set_step(state: State, constraint: str) -> Tensor:
+    M, q, w, free, tolerance = (state[k] for k in ("M", "q", "w", "free", "tolerance"))
+    tight = state.get("tight")
+    gradient = matvec(M, w).sub_(q)
+    multiplier = None
+    if tight is not None:
+        multiplier = (free * gradient).sum(0).div_(free.sum(0).clamp_(min=1)).mul_(tight)
+        gradient -= multiplier
+    stationary = (free * gradient).abs_().amax(0).le_(tolerance)
+    # A weight held at 0 wants to rise where its gradient is negative, one held at 1 to fall.
+    wrong = (2 * w).sub_(1).mul_(gradient).mul_(1 - free)
+    worst = wrong.amax(0)
+    if constraint == "capped":
+        worst = torch.maximum(worst, multiplier)
+    release = torch.gt(worst, tolerance).mul(stationary)
+    active = 1 - stationary + release
+    free.add_(wrong.ge_(worst).mul_(release))
+    if constraint == "capped":
+        loosen = torch.ge(multiplier, worst).mul(release)
+        gradient.addcmul_(loosen, multiplier)
+        tight.sub_(loosen)
+
+    p = projected_solve(M, free, 1 - free, -gradient, tight).mul_(active)
+    # The reciprocal of the step to each bound; whatever exceeds 1 is in the way.
+    approach = -p / (w + _TINY)
+    if constraint == "box":
+        approach = torch.maximum(approach, p / (1 - w).add_(_TINY))
+    fastest = approach.amax(0).clamp_(min=1)
+    if constraint == "capped":
+        to_cap = p.sum(0).div_((1 - w.sum(0)).clamp_(min=_TINY)).mul_(1 - tight)
+        fastest = torch.maximum(fastest, to_cap)
+        tight.add_(to_cap.ge_(fastest))
+    held = approach.ge_(fastest)
+    free.sub_(held)
+    w.addcmul_(p, 1 / fastest)
+    if constraint == "box":
+        w.clamp_(0, 1).lerp_(p.gt(0).to(p.dtype), held)
+    else:
+        w.clamp_(min=0).mul_(1 - held)
+        w.div_((w.sum(0) - 1).mul_(tight).add_(1))
+    return 1 - active
+
+
+def newton(M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: float) -> Tensor:
+    """Minimise ``½wᵀMw - qᵀw + τ Σ w log w`` over simplex or capped simplex by its dual.
+
+    The dual ``min_v D(v) = ½vᵀMv + h*(q - Mv)``, with ``h*`` of `soft_choice`, is smooth and
+    unconstrained, and solved by ``v = w(v)``, ``w = ∇h*(q - Mv)``. Newton's method for it goes to
+    ``v⁺ = w∘u``, ``τu = τ + M(v - v⁺) - θ`` (`projected_solve`). A problem is done with the step
+    that changes no ``log w`` by more than ``√accuracy``: convergence is quadratic.
+
+    From halfway between equal weights and ``w`` of those, a few plain steps usually do. Where τ is small against ``q``
+    and ``M``, ``D`` is nearly piecewise linear: problems that are late start again from the
+    solution for τ = 0, which is within ``O(τ)``, and halve each step until ``D`` falls enough.
+    """
+    available = q.gt(-FAR).to(q.dtype)
+    v = available / available.sum(0)
+    v = v.add_(soft_choice(q - matvec(M, v), constraint, temperature)[0]).mul_(0.5)
+    state = {"M": M, "q": q, "w": v, "Mv": matvec(M, v), "open": torch.ones_like(q[0])}
+    threshold = temperature * accuracy**0.5
+
+    def plain(state: State) -> Tensor:
+        target, M_target, _, _ = _newton_target(state, constraint, temperature)
+        change = (M_target - state["Mv"]).abs_().amax(0)
+        state["w"].lerp_(target, state["open"])
+        state["Mv"].lerp_(M_target, state["open"])
+        return 1 - state["open"].mul_(change.gt_(threshold))
+
+    late = _iterate(plain, state, _PLAIN_STEPS)
+    if late is not None:
+        M_late, q_late = M.index_select(-1, late), q.index_select(-1, late)
+        v_late = active_set(M_late, q_late, constraint)
+        _damped_newton(M_late, q_late, v_late, constraint, temperature, threshold)
+        v[:, late] = v_late
+    v.clamp_(min=0)
+    total = v.sum(0)
+    return v.div_(total.clamp_(min=1) if constraint == "capped" else total)
+
+
+def _newton_target(
+    state: State, constraint: str, tau: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``v⁺``, ``Mv⁺``, and ``w``, ``h*`` at ``v``."""
+    M, Mv = state["M"], state["Mv"]
+    w, conjugate, tight = soft_choice(state["q"] - Mv, constraint, tau)
+    target = projected_solve(M, w, tau, Mv + tau, tight, total=1.0)
+    return target, matvec(M, target), w, conjugate
+
+
+def _damped_newton(
+    M: Tensor, q: Tensor, v: Tensor, constraint: str, tau: float, threshold: float
+) -> None:
+    """Newton with backtracking from ``v``, in place."""
+    state = {
+        "M": M,
+        "q": q,
+        "w": v,
+        "Mv": matvec(M, v),
+        "step": torch.zeros_like(v),
+        "M_step": torch.zeros_like(v),
+        "open": torch.ones_like(q[0]),
+        "value": torch.full_like(q[0], 1 / _TINY),
+        "slope": torch.zeros_like(q[0]),
+        "slack": (64 * _EPS) * (magnitude(M, q) + tau),
+    }
+
+    def damped(state: State) -> Tensor:
+        v, Mv, is_open = state["w"], state["Mv"], state["open"]
+        target, M_target, w, conjugate = _newton_target(state, constraint, tau)
+        value = (v * Mv).sum(0).mul_(0.5).add_(conjugate)
+        bound = torch.add(state["value"], state["slope"], alpha=1e-4).add_(state["slack"])
+        good = value.le(bound).to(v.dtype)
+        M_step = M_target.sub_(Mv)
+        done = M_step.abs().amax(0).le_(threshold).mul_(good)
+        slope = (v - w).mul_(M_step).sum(0)
+        # From a good point go on by its Newton step, from a bad one back by half of the last.
+        step = state["step"].mul_(-0.5).lerp_(target.sub_(v), good)
+        M_step = state["M_step"].mul_(-0.5).lerp_(M_step, good)
+        v.addcmul_(step, is_open)
+        Mv.addcmul_(M_step, is_open)
+        direction = 2 * good - 1
+        step.mul_(direction)
+        M_step.mul_(direction)
+        state["value"].lerp_(value, good)
+        state["slope"].mul_(0.5).lerp_(slope, good)
+        return 1 - is_open.mul_(1 - done)
+
+    _iterate(damped, state, _DAMPED_STEPS)
+
+
+def soft_choice(y: Tensor, constraint: str, tau: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``argmax``, ``max`` of ``yᵀw - τ Σ w log w`` over the set, and where ``Σw = 1`` binds.
+
+    Simplex: ``softmax(y/τ)``. Capped: ``exp(y/τ - 1)`` while that sums to at most 1, else the same.
+    """
+    z = y / tau
+    top = z.amax(0)
+    z = z.sub_(top).exp_()
+    total = z.sum(0)
+    lse = total.log().add_(top)
+    if constraint == "simplex":
+        return z.div_(total), lse.mul_(tau), torch.ones_like(lse)
+    tight = lse.gt(1).to(lse.dtype)
+    loose_total = lse.clamp(max=1).sub_(1).exp_()
+    w = z.mul_(loose_total / total)
+    return w, loose_total.add_(lse.sub_(1).clamp_(min=0)).mul_(tau), tight
+
+
+def magnitude(M: Tensor, q: Tensor) -> Tensor:
+    """The size of a problem's numbers, ``max M_ss + max |q_s|`` over its available scales."""
+    size_q = q.abs()
+    return M.diagonal().T.amax(0) + size_q.mul_(size_q.lt(FAR)).amax(0)
+
+
+def relative_pivot(M: Tensor) -> Tensor:
+    """The least pivot over its diagonal entry: positive where ``M`` is positive definite."""
+    T, S = M.clone(), M.shape[0]
+    for j in range(S - 1):
+        factors = (T[j, j + 1 :] / T[j, j])[:, None]
+        T[j + 1 :, j + 1 :].addcmul_(factors, T[j, None, j + 1 :], value=-1)
+    return (T.diagonal().T / M.diagonal().T).nan_to_num_(0.0).amin(0)

@@ -1,0 +1,39 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Cosines and signed sines of every angle ``p · θ^(-2i/K)``.
+
+    Args:
+        positions: ``[...]``, in tokens of the scale; fractions are allowed.
+        head_dim: ``K``, even.
+        theta: Base of the geometric frequencies.
+        dtype: Of the angles and the table; fp32 keeps an angle at 64K tokens to 4e-3 rad.
+
+    Returns:
+        ``[..., 2, K]``: ``cos`` and ``(-sin, sin)``, each half repeated, so that a
+        rotation is two multiplications and a swap of halves.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
+    angles = positions.to(dtype)[..., None] * theta ** (-exponents / head_dim)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), -2)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate ``x`` ``[B, N, ..., K]`` by ``table`` ``[N, 2, K]`` or ``[B, N, 2, K]``.
+
+    Computed in fp32 (fp64 for fp64 input), returned in the dtype of ``x``.
+    """
+    batch_dims = table.dim() - 2
+    missing = x.dim() - 1 - max(batch_dims, 2)
+    cos, sin = table.unbind(-2)
+    shape = (1,) * (2 - batch_dims) + cos.shape[:-1] + (1,) * missing + cos.shape[-1:]
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((second, first), -1) * sin).to(x.dtype)
