@@ -1,0 +1,120 @@
+"""Configuration of the models: AttentionSpec's options, flat, beside Hugging Face's own."""
+
+from dataclasses import field, fields, make_dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from maha_attn.spec import AttentionSpec
+
+LayerType = Literal["maha", "full", "sliding"]
+
+_OPTIONS = [f for f in fields(AttentionSpec) if f.name not in ("hidden_size", "num_heads")]
+# Typed Any, so that the values reach AttentionSpec and its own messages come back.
+_AttentionOptions = make_dataclass(
+    "_AttentionOptions",
+    [(f.name, Any, field(default=f.default)) for f in _OPTIONS],
+    kw_only=True,
+)
+
+
+@strict
+class MahaConfig(PreTrainedConfig, _AttentionOptions):
+    """What a MAHA model is: the size of its backbone and the options of its attention.
+
+    Every option of :class:`~maha_attn.AttentionSpec` is an option here, with the same name and
+    default (``num_heads`` is also called ``num_attention_heads``). Beside them:
+
+    Args:
+        vocab_size: Tokens in the vocabulary.
+        hidden_size: Width ``D``.
+        intermediate_size: Inner width of the feed-forward part (SwiGLU).
+        num_hidden_layers: Blocks.
+        num_attention_heads: Heads ``H`` of every attention layer.
+        layer_types: Per layer ``maha``, ``full`` (full attention) or ``sliding`` (a sliding window
+            of ``window`` tokens); None means ``maha`` everywhere. ``full`` and ``sliding`` are the
+            same layer with one scale, so hybrids and baselines share everything else.
+        norm: ``pre``: normalise before attention and feed-forward; ``post``: after each residual.
+        rms_norm_eps: Added to the mean square in the normalisations.
+        max_position_embeddings: Longest sequence meant for the model. Tokenizers and evaluation
+            harnesses read it; positions are rotary, so nothing in the model ends there.
+        initializer_range: Standard deviation of new projections and embeddings.
+        tie_word_embeddings: Share the input embedding with the output projection.
+        use_cache: Return a decoding cache outside training (causal models).
+
+    ``causal`` belongs to the class: :class:`MahaForCausalLM` sets it, :class:`MahaForMaskedLM`
+    clears it, and only a bare :class:`MahaModel` follows the configuration.
+
+    Raises:
+        TypeError, ValueError: AttentionSpec's own; a size is below 1; ``layer_types`` does not fit.
+    """
+
+    model_type = "maha"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    layer_types: list[str] | None = None
+    norm: Literal["pre", "post"] = "pre"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.temperature = kwargs.pop("fusion_temperature", self.temperature)
+        super().__post_init__(**kwargs)
+        for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.validate_layer_type()
+        for layer_idx in range(self.num_hidden_layers):
+            self.attention_spec(layer_idx)
+
+    def attention_spec(self, layer_idx: int) -> AttentionSpec:
+        """The attention of one layer."""
+        spec = AttentionSpec(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            **{f.name: getattr(self, f.name) for f in _OPTIONS},
+        )
+        layer_type = "maha" if self.layer_types is None else self.layer_types[layer_idx]
+        if layer_type == "maha":
+            return spec
+        return replace(spec, num_scales=1, preset="paper" if layer_type == "full" else "window")
+
+    def validate_layer_type(self) -> None:
+        """Check ``layer_types`` (the base class knows other names)."""
+        if self.layer_types is None:
+            return
+        known = get_args(LayerType)
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):
+            raise ValueError(
+                f"layer_types must hold one of {', '.join(known)} for each of the "
+                f"{self.num_hidden_layers} layers (num_hidden_layers), got {self.layer_types}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a dictionary; ``temperature`` is stored as ``fusion_temperature``.
+
+        transformers reads a ``temperature`` that it finds in a model's dictionary or file as the
+        sampling temperature of ``generate``.
+        """
+        output = super().to_dict()
+        output["fusion_temperature"] = output.pop("temperature")
+        return output
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Settings of ``generate`` found here; ``temperature`` is none (see ``to_dict``)."""
+        parameters = super()._get_generation_parameters()
+        parameters.pop("temperature", None)
+        return parameters

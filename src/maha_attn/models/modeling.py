@@ -1,0 +1,378 @@
+"""The models: a backbone of MAHA blocks, a causal language model and a masked language model.
+
+Positions are rotary and live inside attention, counted over a row's real tokens, so the models take
+no position ids and padding may stand on either side.
+"""
+
+# ruff: noqa: RUF012 - transformers declares its class attributes without ClassVar.
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from maha_attn.layers.block import MahaBlock
+from maha_attn.layers.fusion import ScaleFusion
+from maha_attn.layers.pyramid import ScalePyramid
+from maha_attn.models.cache import MahaCache
+from maha_attn.models.configuration import MahaConfig
+
+
+@dataclass
+class MahaModelOutput(BaseModelOutputWithPast):
+    """``fusion_weights``: on request, per layer ``[B, H, N, S]`` (``S = 1``: all ones)."""
+
+    fusion_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MahaCausalLMOutput(CausalLMOutputWithPast):
+    """``fusion_weights`` as in `MahaModelOutput`."""
+
+    fusion_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MahaMaskedLMOutput(MaskedLMOutput):
+    """``fusion_weights`` as in `MahaModelOutput`."""
+
+    fusion_weights: tuple[Tensor, ...] | None = None
+
+
+class MahaLayer(GradientCheckpointingLayer, MahaBlock):
+    """A block whose activations transformers can checkpoint."""
+
+
+class MahaPreTrainedModel(PreTrainedModel):
+    """Initial values, and what transformers may and may not do with these models."""
+
+    config: MahaConfig
+    config_class = MahaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MahaLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _can_record_outputs = {"hidden_states": MahaLayer}
+    _is_stateful = True  # The cache cannot be cropped: assisted decoding is refused.
+    _supports_context_parallel = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal projections and embeddings; the pyramid and fusion have values of their own."""
+        if not isinstance(module, ScalePyramid | ScaleFusion):
+            super()._init_weights(module)
+            return
+        loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        values = [p.clone() for p in loaded]
+        module.reset_parameters()
+        for parameter, value in zip(loaded, values, strict=True):
+            parameter.copy_(value)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise what no checkpoint filled.
+
+        For classes outside its own package the library leaves out every module whose own parameters
+        are all loaded, which holds for one that keeps them in its children, as the pyramid does.
+        ``_init_weights`` protects loaded values itself, so nothing need be left out.
+        """
+        super()._initialize_weights(module, is_custom_code=False)
+
+
+class MahaModel(MahaPreTrainedModel):
+    """The backbone: token embedding, blocks, final norm.
+
+    Args:
+        config: ``config.causal`` decides whether tokens see later ones.
+    """
+
+    def __init__(self, config: MahaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MahaLayer(
+                config.attention_spec(layer_idx),
+                intermediate_size=config.intermediate_size,
+                norm=config.norm,
+                norm_eps=config.rms_norm_eps,
+            )
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MahaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_fusion_weights: bool = False,
+        **kwargs: Any,
+    ) -> MahaModelOutput:
+        """Run the backbone.
+
+        Args:
+            input_ids: ``[B, N]`` integer token ids.
+            inputs_embeds: ``[B, N, D]``, in place of ``input_ids``.
+            attention_mask: ``[B, N]``, nonzero at real tokens, which may stand anywhere in a row.
+                With a cache also ``[B, tokens seen + N]``, of which the last ``N`` count.
+            past_key_values: A :class:`MahaCache` to continue (causal models).
+            use_cache: Return a new cache if none is given. None: as ``config.use_cache`` says, in
+                causal models outside training.
+            output_fusion_weights: Return what weight each scale had.
+            kwargs: ``output_hidden_states``, ``return_dict``; arguments of the loss pass through.
+
+        Raises:
+            TypeError, ValueError: An argument is not as above.
+        """
+        _refuse(kwargs, self.config)
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        past_key_values = self._cache(past_key_values, use_cache)
+        padding_mask = None
+        if attention_mask is not None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            padding_mask = _padding_mask(attention_mask, hidden_states, seen)
+
+        fusion_weights = []
+        for layer_idx, layer in enumerate(self.layers):
+            output = layer(
+                hidden_states,
+                padding_mask=padding_mask,
+                cache=None if past_key_values is None else past_key_values.layers[layer_idx],
+                return_info=output_fusion_weights,
+            )
+            if output_fusion_weights:
+                hidden_states, info = output
+                fusion_weights.append(info.weights)
+            else:
+                hidden_states = output
+        return MahaModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            fusion_weights=tuple(fusion_weights) if output_fusion_weights else None,
+        )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embedded tokens ``[B, N, D]``, whichever way they came."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            _check_ids(input_ids)
+            return self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        _check_embeds(inputs_embeds, self.config.hidden_size)
+        return inputs_embeds
+
+    def _cache(self, cache: MahaCache | None, use_cache: bool | None) -> MahaCache | None:
+        """The cache to fill: the one given, a new one, or none."""
+        if cache is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and self.config.causal and not self.training
+            if not use_cache:
+                return None
+            cache = MahaCache(self.config)
+        if not isinstance(cache, MahaCache):
+            raise TypeError(f"past_key_values must be a MahaCache, got {type(cache).__name__}")
+        if not self.config.causal:
+            raise ValueError("use_cache needs a causal model; this one sees later tokens")
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            raise ValueError(
+                "use_cache must be False while training with gradient checkpointing, which runs "
+                "each layer twice; call model.eval() first to generate"
+            )
+        return cache
+
+
+class MahaForCausalLM(MahaPreTrainedModel, GenerationMixin):
+    """A language model: the causal backbone and a projection onto the vocabulary.
+
+    Args:
+        config: Its ``causal`` is taken to be True.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MahaConfig) -> None:
+        super().__init__(_with_causal(config, True))
+        self.model = MahaModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MahaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_fusion_weights: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MahaCausalLMOutput:
+        """Predict each token from those before it.
+
+        ``labels`` ``[B, N]`` are the token ids themselves, not shifted; -100 is ignored. The loss
+        is a mean over labels, or with ``num_items_in_batch`` their sum divided by it.
+        ``logits_to_keep`` limits the logits to the last so many positions (0: all), or to those in
+        a tensor. Everything else is as in :meth:`MahaModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_fusion_weights=output_fusion_weights,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MahaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            fusion_weights=outputs.fusion_weights,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give ``generate`` a MahaCache; the base class checks one that the caller gave."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "cache_implementation must be None: MAHA has one cache of its own, got "
+                f"{generation_config.cache_implementation!r}"
+            )
+        if generation_config.is_assistant:
+            raise ValueError("a MAHA model cannot be an assistant model: its cache does not rewind")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not generation_config.use_cache:
+            raise ValueError("use_cache must be True to continue from past_key_values")
+        if cache is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = MahaCache(self.config)
+            return None
+        base: Any = super()
+        return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class MahaForMaskedLM(MahaPreTrainedModel):
+    """A masked language model: the bidirectional backbone and a projection onto the vocabulary.
+
+    Its parameters have the names and shapes of :class:`MahaForCausalLM`'s, so each loads the
+    other's checkpoint.
+
+    Args:
+        config: Its ``causal`` is taken to be False.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MahaConfig) -> None:
+        super().__init__(_with_causal(config, False))
+        self.model = MahaModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_fusion_weights: bool = False,
+        **kwargs: Any,
+    ) -> MahaMaskedLMOutput:
+        """Predict tokens from both sides.
+
+        ``labels`` ``[B, N]`` are the true token ids at masked positions, -100 elsewhere. The loss
+        is a mean over labels, or with ``num_items_in_batch`` their sum divided by it. Everything
+        else is as in :meth:`MahaModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_fusion_weights=output_fusion_weights,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MahaMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            fusion_weights=outputs.fusion_weights,
+        )
+
+
+def _with_causal(config: MahaConfig, causal: bool) -> MahaConfig:
+    """A copy of ``config`` for a class that decides about causality itself."""
+    config = copy.deepcopy(config)
+    config.causal = causal
+    return config
+
+
+def _refuse(kwargs: dict[str, Any], config: MahaConfig) -> None:
+    """Say no to what would otherwise be ignored in silence."""
+    if kwargs.get("output_attentions", config.output_attentions):
+        raise ValueError(
+            "output_attentions is not supported: no attention matrix is ever formed; "
+            "output_fusion_weights=True returns the weight of every scale"
+        )
+    if kwargs.get("position_ids") is not None:
+        raise ValueError(
+            "position_ids is not supported: positions count the tokens that attention_mask marks"
+        )
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must hold integer token ids, got {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must have shape [B, N] with N at least 1, got {list(input_ids.shape)}"
+        )
+
+
+def _check_embeds(inputs_embeds: Tensor, width: int) -> None:
+    shape = list(inputs_embeds.shape)
+    if len(shape) != 3 or shape[1] == 0 or shape[2] != width:
+        raise ValueError(
+            f"inputs_embeds must have shape [B, N, {width}] with N at least 1, got {shape}"
+        )
+    if not inputs_embeds.is_floating_point():
+        raise TypeError(f"inputs_embeds must be floating point, got {inputs_embeds.dtype}")
+
+
+def _padding_mask(attention_mask: Tensor, embedded: Tensor, seen: int) -> Tensor:
+    """The chunk's boolean mask ``[B, N]`` out of one that may cover the tokens seen before."""
+    batch, length = embedded.shape[:2]
+    expected = [[batch, length], [batch, seen + length]]
+    if list(attention_mask.shape) not in expected:
+        raise ValueError(
+            f"attention_mask must have shape {' or '.join(str(e) for e in expected)} "
+            f"(nonzero = real token), got {list(attention_mask.shape)}"
+        )
+    return attention_mask[:, -length:] != 0

@@ -1,0 +1,74 @@
+"""MahaConfig: AttentionSpec's options, one file in and out, errors at once."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import AutoConfig, GenerationConfig
+
+from maha_attn import AttentionSpec
+from maha_attn.models import MahaConfig
+
+OPTIONS = [
+    f for f in dataclasses.fields(AttentionSpec) if f.name not in ("hidden_size", "num_heads")
+]
+
+
+def test_options_and_defaults_are_attention_specs():
+    config = MahaConfig()
+    for option in OPTIONS:
+        assert getattr(config, option.name) == option.default, option.name
+
+
+def test_num_heads_is_num_attention_heads():
+    config = MahaConfig(hidden_size=64, num_heads=8)
+    assert config.num_attention_heads == config.num_heads == config.attention_spec(0).num_heads == 8
+
+
+def test_layer_types_choose_the_attention(tiny):
+    config = tiny.config(num_hidden_layers=3, layer_types=["maha", "full", "sliding"], window=16)
+    maha, full, sliding = (config.attention_spec(i) for i in range(3))
+    assert (maha.num_scales, maha.preset) == (3, "linear")
+    assert full.spans == (None,)
+    assert sliding.spans == (16,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"fusion": "vote"}, "fusion must be one of .* got 'vote'"),
+        ({"hidden_size": 30, "num_heads": 4}, "hidden_size must be a multiple of num_heads"),
+        ({"granularity": "sequence"}, "granularity='sequence' needs causal=False"),
+        ({"sparsity": 1.0}, "sparsity must be 0 when constraint='simplex'"),
+        ({"layer_types": ["maha", "mamba"]}, "layer_types must hold one of maha, full, sliding"),
+        ({"layer_types": ["maha"]}, "each of the 2 layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused_at_once(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**options)
+
+
+def test_roundtrip_through_json(tiny, tmp_path):
+    config = tiny.config(
+        layer_types=["sliding", "maha"], fusion="nash", kernel_size=5, temperature=0.25, norm="post"
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, MahaConfig)
+    assert json.loads(loaded.to_json_string()) == json.loads(config.to_json_string())
+    assert MahaConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert [loaded.attention_spec(i) for i in range(2)] == [
+        config.attention_spec(i) for i in range(2)
+    ]
+
+
+def test_fusion_temperature_is_no_sampling_temperature(tiny, tmp_path):
+    config = tiny.config(temperature=0.0)
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_model_config(config).temperature is None
+    assert "temperature" not in json.loads((tmp_path / "config.json").read_text())
+    assert MahaConfig.from_pretrained(tmp_path).temperature == 0.0
+    assert tiny.lm(temperature=0.0).generation_config.temperature is None
