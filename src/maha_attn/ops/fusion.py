@@ -5,6 +5,7 @@ matrix, ``y`` the target, ``a`` the prior, ``ρ`` ridge, ``λ`` sparsity, ``τ``
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def fuse_stacked(
     residual = status = None
     if token_weights is not None:
         available = available[..., :1, :]  # Bidirectional: every scale is available everywhere.
-    with torch.autocast(stacked.device.type, enabled=False):
+    with _full_precision(stacked.device.type):
         u = stacked if stacked.dtype == torch.float64 else stacked.float()
         if method == "mean":
             weights = available / available.sum(-1, keepdim=True).clamp(min=1).to(u.dtype)
@@ -142,6 +143,13 @@ def fuse_stacked(
             weights, residual, status = solution.weights, solution.residual, solution.status
         output = (weights[..., None, :].to(u.dtype) @ u)[..., 0, :]
     return Fused(output.to(stacked.dtype), weights, residual, status)
+
+
+def _full_precision(device: str) -> AbstractContextManager:
+    """No autocast, on devices that have it (``meta`` has none)."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _problem(
