@@ -1,7 +1,7 @@
 """Fusion: per token and head, weigh the scales' outputs (paper IV-C, formulation §4).
 
-Letters: ``u_s`` the upsampled output of scale ``s``, ``U = (u_1 … u_S)``, ``G = UUᵀ/√K`` their Gram
-matrix, ``y`` the target, ``a`` the prior, ``ρ`` ridge, ``λ`` sparsity, ``τ`` temperature.
+Letters: ``u_s`` the upsampled output of scale ``s``, ``U = (u_0 … u_{S-1})``, ``G = UUᵀ/√K`` their
+Gram matrix, ``y`` the target, ``a`` the prior, ``ρ`` ridge, ``λ`` sparsity, ``τ`` temperature.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from maha_attn.ops.pyramid import availability, upsample
+from maha_attn.ops.pyramid import availability
 from maha_attn.ops.qp import solve_qp
 
 
@@ -70,124 +71,190 @@ def fuse(
         per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
             per row and head.
 
-    Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs.
+    Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. Coarse
+    outputs are upsampled to the second scale's resolution only: ``r`` tokens in a row share them.
     """
-    length = outputs[0].shape[2]
-    available = availability(tuple(strides), length, causal=causal, device=outputs[0].device)
-    if not fine:
-        outputs = [
-            upsample(u, stride=stride, length=length, causal=causal)
-            for u, stride in zip(outputs, strides, strict=True)
-        ]
-    stacked = torch.stack(list(outputs), 3)
-    return fuse_stacked(
-        stacked,
-        available,
-        method=method,
-        logits=logits,
-        target=target,
-        gram_scale=gram_scale,
-        ridge=ridge,
-        sparsity=sparsity,
-        temperature=temperature,
-        constraint=constraint,
-        token_weights=_token_weights(lengths, stacked) if per_sequence else None,
-    )
+    first = outputs[0]
+    available = availability(tuple(strides), first.shape[2], causal=causal, device=first.device)
+    with _full_precision(first):
+        if fine or len(outputs) == 1:
+            scales = _Stacked(torch.stack(list(outputs), 3))
+        else:
+            scales = _Runs(outputs, strides, causal=causal)
+        fused = _fuse(
+            scales,
+            available,
+            method=method,
+            logits=logits,
+            target=target,
+            gram_scale=gram_scale,
+            ridge=ridge,
+            sparsity=sparsity,
+            temperature=temperature,
+            constraint=constraint,
+            shares=_token_shares(lengths, first) if per_sequence else None,
+        )
+    return fused._replace(output=fused.output.to(first.dtype))
 
 
-def fuse_stacked(
-    stacked: Tensor,
-    available: Tensor,
-    *,
-    method: str,
-    logits: Tensor | None = None,
-    target: Tensor | None = None,
-    gram_scale: Tensor | None = None,
-    ridge: float = 1e-2,
-    sparsity: float = 0.0,
-    temperature: float = 1.0,
-    constraint: str = "simplex",
-    token_weights: Tensor | None = None,
-) -> Fused:
-    """`fuse` for outputs that are upsampled already.
+def fuse_stacked(stacked: Tensor, available: Tensor, **options) -> Fused:
+    """`fuse` for outputs that are upsampled already, as in decoding.
 
     Args:
-        stacked: ``U``, ``[B, H, N, S, K]``; zero where a scale is unavailable.
+        stacked: ``U``, ``[B, H, N, S, K]``.
         available: bool, broadcastable to ``[B, H, N, S]``.
-        token_weights: ``[B, 1, N, 1]``, each token's share of its row's mean; None: a weight vector
-            for every token.
+        options: ``method`` and what follows it in `fuse`, up to ``constraint``, all of them.
     """
-    residual = status = None
-    if token_weights is not None:
-        available = available[..., :1, :]  # Bidirectional: every scale is available everywhere.
-    with _full_precision(stacked.device.type):
-        u = stacked if stacked.dtype == torch.float64 else stacked.float()
-        if method == "mean":
-            weights = available / available.sum(-1, keepdim=True).clamp(min=1).to(u.dtype)
-            weights = weights.expand(u.shape[:-1])
-        elif method in ("static", "gate"):
-            assert logits is not None
-            logits = _mean(logits.to(u.dtype), token_weights)
-            weights = logits.masked_fill(~available, -torch.inf).softmax(-1)
-            weights = weights.expand(*u.shape[:2], -1, -1)
-        else:
-            matrix, linear = _problem(u, method, logits, target, gram_scale, ridge, sparsity)
-            matrix = _mean(matrix, None if token_weights is None else token_weights[..., None])
-            solution = solve_qp(
-                matrix,
-                _mean(linear, token_weights),
-                constraint="box" if method == "nash" else constraint,
-                temperature=0.0 if method == "nash" else temperature,
-                available=available,
-            )
-            weights, residual, status = solution.weights, solution.residual, solution.status
-        output = (weights[..., None, :].to(u.dtype) @ u)[..., 0, :]
-    return Fused(output.to(stacked.dtype), weights, residual, status)
+    with _full_precision(stacked):
+        fused = _fuse(_Stacked(stacked), available, **options)
+    return fused._replace(output=fused.output.to(stacked.dtype))
 
 
-def _full_precision(device: str) -> AbstractContextManager:
-    """No autocast, on devices that have it (``meta`` has none)."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+class _Stacked:
+    """``U`` in full, ``[B, H, N, S, K]``."""
+
+    def __init__(self, stacked: Tensor) -> None:
+        self.u = _at_least_fp32(stacked)
+        self.shape, self.width, self.dtype = stacked.shape[:-1], stacked.shape[-1], self.u.dtype
+
+    def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``UUᵀ`` ``[B, H, N, S, S]`` and ``Uy`` ``[B, H, N, S]``."""
+        against = None if target is None else (self.u @ target.to(self.u.dtype)[..., None])[..., 0]
+        return self.u @ self.u.mT, against
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``Σ_s w_s u_s``, ``[B, H, N, K]``."""
+        return (weights.to(self.u.dtype)[..., None, :] @ self.u)[..., 0, :]
 
 
-def _problem(
-    u: Tensor,
+class _Runs:
+    """``U`` as runs of ``r`` tokens that share their coarse blocks: the same, in less memory.
+
+    Causal, token ``t`` takes block ``⌊(t+1)/r^s⌋ - 1``. With one token put before the sequence, and
+    one zero block before every scale's, run ``g`` is the tokens ``rg … rg+r-1`` and takes block
+    ``⌊g/r^(s-1)⌋`` of scale ``s``. Hence ``r`` rows of the finest scale, ``[B, H, G, r, K]``, stand
+    against one set of the others, ``[B, H, G, S-1, K]``.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], strides: Sequence[int], *, causal: bool) -> None:
+        batch, heads, self.length, self.width = outputs[0].shape
+        self.shape = (batch, heads, self.length, len(outputs))
+        self.before, self.ratio = int(causal), strides[1]
+        self.num_runs = -(-(self.length + self.before) // self.ratio)
+        self.fine = self.runs(_at_least_fp32(outputs[0]))
+        self.dtype = self.fine.dtype
+        coarse = []
+        for u, stride in zip(outputs[1:], strides[1:], strict=True):
+            blocks = F.pad(_at_least_fp32(u), (0, 0, self.before, 0))
+            blocks = blocks.repeat_interleave(stride // self.ratio, 2)
+            coarse.append(blocks[:, :, : self.num_runs])
+        self.coarse = torch.stack(coarse, 3)
+
+    def runs(self, x: Tensor) -> Tensor:
+        """``[B, H, N, C]`` to ``[B, H, G, r, C]``."""
+        after = self.num_runs * self.ratio - self.before - self.length
+        return F.pad(x, (0, 0, self.before, after)).unflatten(2, (self.num_runs, self.ratio))
+
+    def tokens(self, runs: Tensor) -> Tensor:
+        """``[B, H, G, r, …]`` to ``[B, H, N, …]``."""
+        return runs.flatten(2, 3)[:, :, self.before : self.before + self.length]
+
+    def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `_Stacked.products`."""
+        own = self.fine.square().sum(-1, keepdim=True)
+        cross = self.fine @ self.coarse.mT
+        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(*cross.shape, -1)
+        first = torch.cat((own, cross), -1)[..., None, :]
+        others = torch.cat((cross[..., None], coarse), -1)
+        gram = self.tokens(torch.cat((first, others), -2))
+        if target is None:
+            return gram, None
+        y = self.runs(target.to(self.fine.dtype))
+        against = torch.cat(((self.fine * y).sum(-1, keepdim=True), y @ self.coarse.mT), -1)
+        return gram, self.tokens(against)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """As `_Stacked.combine`."""
+        first, *others = self.runs(weights.to(self.fine.dtype)).split(1, -1)
+        fused = first * self.fine
+        for s, weight in enumerate(others):
+            fused = torch.addcmul(fused, weight, self.coarse[:, :, :, None, s])
+        return self.tokens(fused)
+
+
+def _fuse(
+    scales: _Stacked | _Runs,
+    available: Tensor,
+    *,
     method: str,
     logits: Tensor | None,
     target: Tensor | None,
     gram_scale: Tensor | None,
     ridge: float,
     sparsity: float,
-) -> tuple[Tensor, Tensor]:
-    """``M`` ``[B, H, N, S, S]`` and ``q`` ``[B, H, N, S]`` of formulation §4."""
-    scale = u.shape[-1] ** -0.5
-    gram = u @ u.mT * scale
-    identity = torch.eye(u.shape[-2], dtype=u.dtype, device=u.device)
-    if method == "nash":
-        return gram + ridge * identity, gram.diagonal(dim1=-2, dim2=-1) - sparsity
-    linear = gram.new_full((), -sparsity)
-    if logits is not None:
-        linear = linear + logits.to(u.dtype)
-    if target is not None:
-        linear = linear + (u @ target.to(u.dtype)[..., None])[..., 0] * scale
-    if gram_scale is not None:
-        gram = gram * gram_scale.to(u.dtype)[:, None, None, None]
-    return gram + ridge * identity, linear.expand(u.shape[:-1])
+    temperature: float,
+    constraint: str,
+    shares: Tensor | None = None,
+) -> Fused:
+    """`fuse` of any representation; ``shares`` ``[B, 1, N, 1]`` average over each row's tokens."""
+    residual = status = None
+    if shares is not None:
+        available = available[..., :1, :]  # Bidirectional: every scale is available everywhere.
+    if method in ("convex", "nash"):
+        gram, against = scales.products(target if method == "convex" else None)
+        scale = scales.width**-0.5
+        matrix = gram * scale
+        if method == "nash":
+            linear = matrix.diagonal(dim1=-2, dim2=-1) - sparsity
+        else:
+            linear = (
+                matrix.new_full((), -sparsity) if against is None else against * scale - sparsity
+            )
+            linear = linear if logits is None else linear + logits.to(matrix.dtype)
+            if gram_scale is not None:
+                matrix = matrix * gram_scale.to(matrix.dtype)[:, None, None, None]
+        matrix = matrix + ridge * torch.eye(
+            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+        )
+        weights, residual, _, status = solve_qp(
+            _mean(matrix, None if shares is None else shares[..., None]),
+            _mean(linear.expand(scales.shape), shares),
+            constraint="box" if method == "nash" else constraint,
+            temperature=0.0 if method == "nash" else temperature,
+            available=available,
+        )
+    else:
+        if logits is None:
+            logits = torch.zeros(1, 1, 1, 1, dtype=scales.dtype, device=available.device)
+        logits = _at_least_fp32(_mean(logits, shares))
+        weights = logits.masked_fill(~available, -torch.inf).softmax(-1)
+        weights = weights.expand(*scales.shape[:2], -1, -1)
+    return Fused(scales.combine(weights.expand(scales.shape)), weights, residual, status)
 
 
-def _token_weights(lengths: Tensor | None, stacked: Tensor) -> Tensor:
+def _full_precision(like: Tensor) -> AbstractContextManager:
+    """No autocast, on devices that have it (``meta`` has none)."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _token_shares(lengths: Tensor | None, like: Tensor) -> Tensor:
     """``[B, 1, N, 1]``: 1/length for a row's real tokens, 0 for its padding."""
-    length = stacked.shape[2]
+    length = like.shape[2]
     if lengths is None:
-        return torch.full((1, 1, length, 1), 1 / length, device=stacked.device)
-    real = torch.arange(length, device=stacked.device) < lengths[:, None]
+        return torch.full((1, 1, length, 1), 1 / length, device=like.device)
+    real = torch.arange(length, device=like.device) < lengths[:, None]
     return (real / lengths.clamp(min=1)[:, None])[:, None, :, None]
 
 
-def _mean(x: Tensor, token_weights: Tensor | None) -> Tensor:
-    """Mean over a row's tokens (dimension 2), or ``x`` where every token has its own weights."""
-    if token_weights is None or x.dim() < 3:
+def _mean(x: Tensor, shares: Tensor | None) -> Tensor:
+    """Mean over a row's tokens (dimension 2); ``x`` itself where each has its own weights."""
+    if shares is None or x.shape[2] == 1:
         return x
-    return (x * token_weights.to(x.dtype)).sum(2, keepdim=True) if x.shape[2] > 1 else x
+    return (x * shares.to(x.dtype)).sum(2, keepdim=True)

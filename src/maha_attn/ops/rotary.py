@@ -36,4 +36,4 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     shape = (1,) * (2 - batch_dims) + cos.shape[:-1] + (1,) * missing + cos.shape[-1:]
     cos, sin = cos.reshape(shape), sin.reshape(shape)
     first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((second, first), -1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat((second, first), -1), sin).to(x.dtype)

@@ -110,10 +110,10 @@ def _blocks(
     strip = block + back + ahead
     before = back - head
     missing = head + num_blocks * block - length
-    q = F.pad(q[:, :, head:], (0, 0, 0, missing)).unflatten(2, (num_blocks, block))
+    q = _extend(q, -head, missing).unflatten(2, (num_blocks, block))
     # Overlapping views, not copies.
     k, v = (
-        F.pad(t, (0, 0, before, missing + ahead)).unfold(2, strip, block).transpose(-1, -2)
+        _extend(t, before, missing + ahead).unfold(2, strip, block).transpose(-1, -2)
         for t in (k, v)
     )
     mask = _band(block, strip, back, back, ahead, q)
@@ -133,6 +133,13 @@ def _blocks(
     q, k, v = (t.reshape(*shape, *t.shape[3:]) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(batch, heads, num_blocks * block, width)[:, :, : length - head]
+
+
+def _extend(x: Tensor, before: int, after: int) -> Tensor:
+    """Tokens put before and after ``x`` (cut off where negative); a view where none is put."""
+    x = x[:, :, max(-before, 0) : x.shape[2] + min(after, 0)]
+    before, after = max(before, 0), max(after, 0)
+    return F.pad(x, (0, 0, before, after)) if before or after else x
 
 
 def _band(rows: int, columns: int, offset: int, back: int, ahead: int, like: Tensor) -> Tensor:
