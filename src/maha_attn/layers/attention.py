@@ -140,8 +140,8 @@ class MultiscaleAttention(nn.Module):
             length = scales[s].shape[1]
             fine = spec.queries == "fine" and s > 0
             q, k = self.project_qk(s, features[0 if fine else s], features[s])
-            q = rotate(q, self.query_table(s, tokens) if fine else table[:length])
-            keys.append(rotate(k, table[:length]).transpose(1, 2))
+            q = rotate(q, self.query_table(s, tokens) if fine else table[:length], spec.backend)
+            keys.append(rotate(k, table[:length], spec.backend).transpose(1, 2))
             outputs.append(
                 scale_attention(
                     q.transpose(1, 2),
@@ -153,6 +153,7 @@ class MultiscaleAttention(nn.Module):
                     lengths=None
                     if spec.causal or lengths is None
                     else self.pyramid.lengths(lengths, s),
+                    backend=spec.backend,
                 )
             )
         if cache is not None:

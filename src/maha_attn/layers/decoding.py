@@ -139,8 +139,9 @@ def _extend(
         start = progress.starts[s]
         blocks = start[:, None] + torch.arange(scales[s].shape[1], device=x.device)
         q, k = layer.project_qk(s, features[0 if fine else s], features[s])
-        q = rotate(q, layer.query_table(s, tokens - 1) if fine else layer.table(blocks))
-        k = rotate(k, layer.table(blocks))
+        table = layer.table(blocks)
+        q = rotate(q, layer.query_table(s, tokens - 1) if fine else table, spec.backend)
+        k = rotate(k, table, spec.backend)
         out = _attend(
             state,
             q.transpose(1, 2),
@@ -189,7 +190,7 @@ def _pyramid(
         )
         windows = take_rows(extended, index.flatten(1).clamp(max=extended.shape[1] - 1))
         windows = windows.unflatten(1, (most, spec.taps)).transpose(-1, -2)
-        new.append(combine(windows, layer.pyramid.weight(s), spec.downsample))
+        new.append(combine(windows, layer.pyramid.weight(s, x.dtype), spec.downsample))
     return new
 
 

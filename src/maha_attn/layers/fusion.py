@@ -61,6 +61,7 @@ class ScaleFusion(nn.Module):
             causal=self.spec.causal,
             lengths=lengths,
             per_sequence=self.spec.granularity == "sequence",
+            backend=self.spec.backend,
             **self._problem(x, values, outputs[0], len(outputs)),
         )
 

@@ -63,11 +63,12 @@ class ScalePyramid(nn.Module):
             spec = self.spec
             coarser = ops.downsample(
                 scales[-1],
-                self.weight(step),
+                self.weight(step, x.dtype),
                 ratio=spec.ratio,
                 method=spec.downsample,
                 causal=spec.causal,
                 lengths=None if lengths is None else self.lengths(lengths, step),
+                backend=spec.backend,
             )
             if coarser.shape[1] == 0:
                 break
@@ -107,9 +108,9 @@ class ScalePyramid(nn.Module):
         """``σ(W_g X_{step+1})``, the gate of scale ``step``."""
         return self.gates[step](coarser).sigmoid()
 
-    def weight(self, step: int) -> Tensor | None:
-        """The operator from scale ``step`` to ``step + 1``."""
-        return self.down[step] if len(self.down) else None
+    def weight(self, step: int, dtype: torch.dtype) -> Tensor | None:
+        """The operator from scale ``step`` to ``step + 1``, in the tokens' ``dtype`` (autocast)."""
+        return self.down[step].to(dtype) if len(self.down) else None
 
     def lengths(self, lengths: Tensor, scale: int) -> Tensor:
         """Real tokens of each row at ``scale``, ``[B]``."""

@@ -1,23 +1,24 @@
 """The two iterations behind `maha_attn.ops.qp`, in structure-of-arrays layout.
 
-Shapes: ``M`` is ``[S, S, P]``, a vector of a problem ``[S, P]``, a scalar of a problem ``[P]``, with
-the ``P`` problems contiguous: one step of an elimination is one operation over all problems, and
-LAPACK's cost per tiny matrix is not paid. Everything is fp64. Masks are 0.0 or 1.0, since
-arithmetic on them is vectorised where ``torch.where`` is not. Both iterations, and the derivative
-of what they find, solve one and the same reduced system, `projected_solve`.
+Shapes: ``M`` is ``[S, S, P]``, a vector of a problem ``[S, P]``, a scalar of a problem ``[P]``,
+with the ``P`` problems contiguous: one step of an elimination is one operation over all problems.
+Everything is fp64. Masks are 0.0 or 1.0, since arithmetic on them is vectorised where
+``torch.where`` is not. Both iterations, and the derivative of what they find, solve one and the
+same reduced system, `projected_solve`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FAR = 1e100  # -FAR is an unavailable scale's linear term: no step finds it worth a weight
 _TINY = 1e-300
-_ACTIVE_SET_STEPS = 64  # at most 2^S - 1 are needed; 18 were the most ever seen
+_ACTIVE_SET_STEPS = 64  # 19 were the most seen in millions of problems
 _PLAIN_STEPS = 8
-_DAMPED_STEPS = 80
-_CPU_BLOCK = 8192  # problems advanced together: what they touch stays in cache
+_DAMPED_STEPS = 100
+_CPU_BLOCK = 65536  # weights advanced together: what they touch stays in cache
 _EPS = torch.finfo(torch.float64).eps
 
 State = dict[str, Tensor]
@@ -58,7 +59,7 @@ def projected_solve(
     torch.mul(M, d, out=T[:, :S])
     diagonal = T[:, :S].diagonal().T
     diagonal.add_(shift)
-    diagonal.add_(diagonal.le(0))
+    diagonal.clamp_(min=0).add_(diagonal.le(0))
     floor = diagonal * (S * eps)
     T[:, S] = rhs
     T[:, S + 1 :] = 1
@@ -91,7 +92,9 @@ def _iterate(step: Callable[[State], Tensor], state: State, steps: int) -> Tenso
     """
     result, index = state["w"], None
     for _ in range(steps):
-        size = _CPU_BLOCK if result.device.type == "cpu" else state["w"].shape[1]
+        num_scales, size = state["w"].shape
+        if result.device.type == "cpu":
+            size = _CPU_BLOCK // num_scales
         blocks = zip(*(x.split(size, -1) for x in state.values()), strict=True)
         done = torch.cat([step(dict(zip(state, block, strict=True))) for block in blocks])
         left = done.numel() - int(done.sum())
@@ -126,50 +129,53 @@ def active_set(M: Tensor, q: Tensor, constraint: str) -> Tensor:
         "q": q,
         "w": free / free.sum(0),
         "free": free,
+        "tight": torch.full_like(q[0], constraint != "box"),
         "tolerance": (4 * q.shape[0] * _EPS) * magnitude(M, q),
     }
-    if constraint != "box":
-        state["tight"] = torch.ones_like(q[0])
     _iterate(lambda state: _active_set_step(state, constraint), state, _ACTIVE_SET_STEPS)
     return state["w"]
 
 
 def _active_set_step(state: State, constraint: str) -> Tensor:
-    M, q, w, free, tolerance = (state[k] for k in ("M", "q", "w", "free", "tolerance"))
-    tight = state.get("tight")
-    gradient = matvec(M, w).sub_(q)
-    multiplier = None
-    if tight is not None:
-        multiplier = (free * gradient).sum(0).div_(free.sum(0).clamp_(min=1)).mul_(tight)
-        gradient -= multiplier
-    stationary = (free * gradient).abs_().amax(0).le_(tolerance)
-    # A weight held at 0 wants to rise where its gradient is negative, one held at 1 to fall.
-    wrong = (2 * w).sub_(1).mul_(gradient).mul_(1 - free)
-    worst = wrong.amax(0)
+    M, q, w, free, tight, tolerance = (
+        state[name] for name in ("M", "q", "w", "free", "tight", "tolerance")
+    )
+    box = constraint == "box"
+    descent = torch.sub(q, matvec(M, w))
+    multiplier = tight
+    if not box:
+        multiplier = (free * descent).sum(0).div_(free.sum(0).clamp_(min=1)).mul_(tight)
+        descent -= multiplier
+    inner = free * descent
+    wish = descent - inner  # how much a held weight wants off its bound
+    if box:
+        wish.mul_(1 - 2 * w)
+    stationary = inner.abs_().amax(0).le_(tolerance)
+    worst = wish.amax(0)
     if constraint == "capped":
-        worst = torch.maximum(worst, multiplier)
+        worst = torch.maximum(worst, -multiplier)
     release = torch.gt(worst, tolerance).mul(stationary)
     active = 1 - stationary + release
-    free.add_(wrong.ge_(worst).mul_(release))
+    free.add_(wish.ge_(worst).mul_(release))
     if constraint == "capped":
-        loosen = torch.ge(multiplier, worst).mul(release)
-        gradient.addcmul_(loosen, multiplier)
+        loosen = torch.ge(-multiplier, worst).mul(release)
+        descent.addcmul_(loosen, multiplier)
         tight.sub_(loosen)
 
-    p = projected_solve(M, free, 1 - free, -gradient, tight).mul_(active)
-    # The reciprocal of the step to each bound; whatever exceeds 1 is in the way.
-    approach = -p / (w + _TINY)
-    if constraint == "box":
-        approach = torch.maximum(approach, p / (1 - w).add_(_TINY))
-    fastest = approach.amax(0).clamp_(min=1)
+    p = projected_solve(M, free, 1 - free, descent, None if box else tight).mul_(active)
+    # The reciprocal of the step to each bound, negative; what is below -1 is in the way.
+    approach = p / (w + _TINY)
+    if box:
+        approach = torch.minimum(approach, p / (w - 1).sub_(_TINY))
+    fastest = approach.amin(0).clamp_(max=-1)
     if constraint == "capped":
-        to_cap = p.sum(0).div_((1 - w.sum(0)).clamp_(min=_TINY)).mul_(1 - tight)
-        fastest = torch.maximum(fastest, to_cap)
-        tight.add_(to_cap.ge_(fastest))
-    held = approach.ge_(fastest)
+        to_cap = p.sum(0).div_((w.sum(0) - 1).clamp_(max=-_TINY)).mul_(1 - tight)
+        fastest = torch.minimum(fastest, to_cap)
+        tight.add_(to_cap.le_(fastest))
+    held = approach.le_(fastest)
     free.sub_(held)
-    w.addcmul_(p, 1 / fastest)
-    if constraint == "box":
+    w.addcmul_(p, fastest.reciprocal_(), value=-1)
+    if box:
         w.clamp_(0, 1).lerp_(p.gt(0).to(p.dtype), held)
     else:
         w.clamp_(min=0).mul_(1 - held)
@@ -183,30 +189,35 @@ def newton(M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: 
     The dual ``min_v D(v) = ½vᵀMv + h*(q - Mv)``, with ``h*`` of `soft_choice`, is smooth and
     unconstrained, and solved by ``v = w(v)``, ``w = ∇h*(q - Mv)``. Newton's method for it goes to
     ``v⁺ = w∘u``, ``τu = τ + M(v - v⁺) - θ`` (`projected_solve`). A problem is done with the step
-    that changes no ``log w`` by more than ``√accuracy``: convergence is quadratic.
+    that changes no ``log w`` by more than ``√accuracy``, since convergence is quadratic; near
+    capped's kink, where it need not be, with one that changes ``Mv`` by rounding alone.
 
-    From halfway between equal weights and ``w`` of those, a few plain steps usually do. Where τ is small against ``q``
-    and ``M``, ``D`` is nearly piecewise linear: problems that are late start again from the
-    solution for τ = 0, which is within ``O(τ)``, and halve each step until ``D`` falls enough.
+    From halfway between equal weights and ``w`` of those, a few plain steps usually do. Where τ is
+    small against ``q`` and ``M``, ``D`` is nearly piecewise linear: problems that are late start
+    again from the solution for τ = 0, which is within ``O(τ)``, and halve each step until ``D``
+    falls enough.
     """
     available = q.gt(-FAR).to(q.dtype)
     v = available / available.sum(0)
     v = v.add_(soft_choice(q - matvec(M, v), constraint, temperature)[0]).mul_(0.5)
     state = {"M": M, "q": q, "w": v, "Mv": matvec(M, v), "open": torch.ones_like(q[0])}
-    threshold = temperature * accuracy**0.5
+    state["floor"] = (100 * _EPS) * magnitude(M, q).add_(temperature)
 
     def plain(state: State) -> Tensor:
-        target, M_target, _, _ = _newton_target(state, constraint, temperature)
+        target, M_target, choice = _newton_target(state, constraint, temperature)
         change = (M_target - state["Mv"]).abs_().amax(0)
-        state["w"].lerp_(target, state["open"])
-        state["Mv"].lerp_(M_target, state["open"])
-        return 1 - state["open"].mul_(change.gt_(threshold))
+        threshold = choice.margin.clamp_(max=accuracy**0.5).mul_(temperature)
+        torch.maximum(threshold, state["floor"], out=threshold)
+        state["Mv"].copy_(M_target)
+        done = change.le_(threshold).mul_(state["open"])
+        state["w"].lerp_(target, done)
+        return 1 - state["open"].sub_(done)
 
     late = _iterate(plain, state, _PLAIN_STEPS)
     if late is not None:
         M_late, q_late = M.index_select(-1, late), q.index_select(-1, late)
         v_late = active_set(M_late, q_late, constraint)
-        _damped_newton(M_late, q_late, v_late, constraint, temperature, threshold)
+        _damped_newton(M_late, q_late, v_late, constraint, temperature, accuracy)
         v[:, late] = v_late
     v.clamp_(min=0)
     total = v.sum(0)
@@ -215,16 +226,16 @@ def newton(M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: 
 
 def _newton_target(
     state: State, constraint: str, tau: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``v⁺``, ``Mv⁺``, and ``w``, ``h*`` at ``v``."""
+) -> tuple[Tensor, Tensor, "SoftChoice"]:
+    """``v⁺``, ``Mv⁺``, and the choice at ``v``."""
     M, Mv = state["M"], state["Mv"]
-    w, conjugate, tight = soft_choice(state["q"] - Mv, constraint, tau)
-    target = projected_solve(M, w, tau, Mv + tau, tight, total=1.0)
-    return target, matvec(M, target), w, conjugate
+    choice = soft_choice(state["q"] - Mv, constraint, tau)
+    target = projected_solve(M, choice.weights, tau, Mv + tau, choice.tight, total=1.0)
+    return target, matvec(M, target), choice
 
 
 def _damped_newton(
-    M: Tensor, q: Tensor, v: Tensor, constraint: str, tau: float, threshold: float
+    M: Tensor, q: Tensor, v: Tensor, constraint: str, tau: float, accuracy: float
 ) -> None:
     """Newton with backtracking from ``v``, in place."""
     state = {
@@ -237,18 +248,20 @@ def _damped_newton(
         "open": torch.ones_like(q[0]),
         "value": torch.full_like(q[0], 1 / _TINY),
         "slope": torch.zeros_like(q[0]),
-        "slack": (64 * _EPS) * (magnitude(M, q) + tau),
+        "floor": (100 * _EPS) * magnitude(M, q).add_(tau),
     }
 
     def damped(state: State) -> Tensor:
         v, Mv, is_open = state["w"], state["Mv"], state["open"]
-        target, M_target, w, conjugate = _newton_target(state, constraint, tau)
-        value = (v * Mv).sum(0).mul_(0.5).add_(conjugate)
-        bound = torch.add(state["value"], state["slope"], alpha=1e-4).add_(state["slack"])
+        target, M_target, choice = _newton_target(state, constraint, tau)
+        value = (v * Mv).sum(0).mul_(0.5).add_(choice.value)
+        bound = torch.add(state["value"], state["slope"], alpha=1e-4).add_(state["floor"])
         good = value.le(bound).to(v.dtype)
         M_step = M_target.sub_(Mv)
+        threshold = choice.margin.clamp_(max=accuracy**0.5).mul_(tau)
+        torch.maximum(threshold, state["floor"], out=threshold)
         done = M_step.abs().amax(0).le_(threshold).mul_(good)
-        slope = (v - w).mul_(M_step).sum(0)
+        slope = (v - choice.weights).mul_(M_step).sum(0)
         # From a good point go on by its Newton step, from a bad one back by half of the last.
         step = state["step"].mul_(-0.5).lerp_(target.sub_(v), good)
         M_step = state["M_step"].mul_(-0.5).lerp_(M_step, good)
@@ -264,22 +277,34 @@ def _damped_newton(
     _iterate(damped, state, _DAMPED_STEPS)
 
 
-def soft_choice(y: Tensor, constraint: str, tau: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``argmax``, ``max`` of ``yᵀw - τ Σ w log w`` over the set, and where ``Σw = 1`` binds.
+class SoftChoice(NamedTuple):
+    """What `soft_choice` finds; ``margin`` is how far from the kink, in ``y/τ``."""
+
+    weights: Tensor
+    value: Tensor
+    tight: Tensor
+    margin: Tensor
+
+
+def soft_choice(y: Tensor, constraint: str, tau: float) -> SoftChoice:
+    """``argmax`` and ``max`` of ``yᵀw - τ Σ w log w`` over the set, and where ``Σw = 1`` binds.
 
     Simplex: ``softmax(y/τ)``. Capped: ``exp(y/τ - 1)`` while that sums to at most 1, else the same.
     """
-    z = y / tau
+    z = y * (1 / tau)
     top = z.amax(0)
     z = z.sub_(top).exp_()
     total = z.sum(0)
     lse = total.log().add_(top)
     if constraint == "simplex":
-        return z.div_(total), lse.mul_(tau), torch.ones_like(lse)
-    tight = lse.gt(1).to(lse.dtype)
-    loose_total = lse.clamp(max=1).sub_(1).exp_()
+        tight = torch.ones_like(lse)
+        w = z.mul_(total.reciprocal_())
+        return SoftChoice(w, lse.mul_(tau), tight, torch.full_like(lse, torch.inf))
+    excess = lse.sub_(1)
+    loose_total = excess.clamp(max=0).exp_()
     w = z.mul_(loose_total / total)
-    return w, loose_total.add_(lse.sub_(1).clamp_(min=0)).mul_(tau), tight
+    value = loose_total.add_(excess.clamp(min=0)).mul_(tau)
+    return SoftChoice(w, value, excess.gt(0).to(lse.dtype), excess.abs_())
 
 
 def magnitude(M: Tensor, q: Tensor) -> Tensor:
@@ -294,4 +319,4 @@ def relative_pivot(M: Tensor) -> Tensor:
     for j in range(S - 1):
         factors = (T[j, j + 1 :] / T[j, j])[:, None]
         T[j + 1 :, j + 1 :].addcmul_(factors, T[j, None, j + 1 :], value=-1)
-    return (T.diagonal().T / M.diagonal().T).nan_to_num_(0.0).amin(0)
+    return (T.diagonal().T / M.diagonal().T.abs()).nan_to_num_(0.0).amin(0)

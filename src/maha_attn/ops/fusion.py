@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maha_attn.ops.backend import use_triton
 from maha_attn.ops.pyramid import availability
 from maha_attn.ops.qp import solve_qp
 
@@ -47,6 +48,7 @@ def fuse(
     constraint: str = "simplex",
     lengths: Tensor | None = None,
     per_sequence: bool = False,
+    backend: str = "auto",
 ) -> Fused:
     """Upsample every scale's output, choose its weights, combine.
 
@@ -70,30 +72,36 @@ def fuse(
         lengths: ``[B]`` real tokens of each row; used by ``per_sequence`` alone.
         per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
             per row and head.
+        backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
+            and weights per token.
 
     Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. Coarse
     outputs are upsampled to the second scale's resolution only: ``r`` tokens in a row share them.
     """
     first = outputs[0]
+    options = {
+        "method": method,
+        "logits": logits,
+        "target": target,
+        "gram_scale": gram_scale,
+        "ridge": ridge,
+        "sparsity": sparsity,
+        "temperature": temperature,
+        "constraint": constraint,
+    }
+    power_of_2 = len(outputs) == 1 or strides[1] & (strides[1] - 1) == 0
+    if power_of_2 and not per_sequence and use_triton(backend, *outputs, width=first.shape[-1]):
+        from maha_attn.ops.triton import fusion as kernels
+
+        return kernels.fuse(outputs, strides=strides, causal=causal, fine=fine, **options)
     available = availability(tuple(strides), first.shape[2], causal=causal, device=first.device)
     with _full_precision(first):
         if fine or len(outputs) == 1:
             scales = _Stacked(torch.stack(list(outputs), 3))
         else:
             scales = _Runs(outputs, strides, causal=causal)
-        fused = _fuse(
-            scales,
-            available,
-            method=method,
-            logits=logits,
-            target=target,
-            gram_scale=gram_scale,
-            ridge=ridge,
-            sparsity=sparsity,
-            temperature=temperature,
-            constraint=constraint,
-            shares=_token_shares(lengths, first) if per_sequence else None,
-        )
+        shares = _token_shares(lengths, first) if per_sequence else None
+        fused = _fuse(scales, available, shares=shares, **options)
     return fused._replace(output=fused.output.to(first.dtype))
 
 
@@ -161,17 +169,16 @@ class _Runs:
 
     def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As `_Stacked.products`."""
-        own = self.fine.square().sum(-1, keepdim=True)
-        cross = self.fine @ self.coarse.mT
-        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(*cross.shape, -1)
-        first = torch.cat((own, cross), -1)[..., None, :]
-        others = torch.cat((cross[..., None], coarse), -1)
-        gram = self.tokens(torch.cat((first, others), -2))
-        if target is None:
-            return gram, None
-        y = self.runs(target.to(self.fine.dtype))
-        against = torch.cat(((self.fine * y).sum(-1, keepdim=True), y @ self.coarse.mT), -1)
-        return gram, self.tokens(against)
+        rows = self.fine
+        if target is not None:
+            rows = torch.cat((rows, self.runs(target.to(self.dtype))), 3)
+        # Against the coarse scales in one product, the finest against the finest row by row.
+        others = (rows @ self.coarse.mT).split(self.ratio, 3)
+        own = [(part * self.fine).sum(-1, keepdim=True) for part in rows.split(self.ratio, 3)]
+        first, *against = (torch.cat(pair, -1) for pair in zip(own, others, strict=True))
+        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(*others[0].shape, -1)
+        gram = torch.cat((first[..., None, :], torch.cat((others[0][..., None], coarse), -1)), -2)
+        return self.tokens(gram), self.tokens(against[0]) if against else None
 
     def combine(self, weights: Tensor) -> Tensor:
         """As `_Stacked.combine`."""

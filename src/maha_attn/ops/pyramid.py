@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maha_attn.ops.backend import use_triton
+
 
 def coarse_length(length: int, ratio: int, *, causal: bool) -> int:
     """Tokens of the next scale: complete blocks only (causal), or the last partial one as well."""
@@ -45,6 +47,7 @@ def downsample(
     method: str,
     causal: bool,
     lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The next scale: ``X_{s+1} = D(X_s)`` (paper Eq. 5).
 
@@ -56,11 +59,18 @@ def downsample(
         causal: Complete blocks only. Otherwise the last partial block counts, over its real tokens.
         lengths: ``[B]`` real tokens of each row at this scale; None where all are real.
             Bidirectional only: a causal block of real tokens contains no padding.
+        backend: ``auto``, ``torch`` or ``triton``; ``conv`` and ``mean`` have a kernel.
 
     Returns:
         ``[B, N', D]``, ``N' = coarse_length(N)``. Bidirectional, tokens beyond a row's coarse
         length are zero.
     """
+    if method in ("conv", "mean") and use_triton(backend, x):
+        from maha_attn.ops.triton import pyramid as kernels
+
+        return kernels.downsample(
+            x, weight, ratio=ratio, method=method, causal=causal, lengths=lengths
+        )
     length = x.shape[1]
     coarse = coarse_length(length, ratio, causal=causal)
     taps = ratio if weight is None else weight.shape[0 if method == "conv" else 2]

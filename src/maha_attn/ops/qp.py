@@ -4,10 +4,9 @@ Fusion poses one problem a token and head, of ``S ≤ 8`` unknowns: the cost of 
 that it moves and the operations that it launches, hardly its arithmetic. Hence the choices here and
 in `maha_attn.ops._qp_solvers`:
 
-- a short active-set (``τ = 0``) or Newton (``τ > 0``) iteration over all problems at once, those that
-  are done dropping out;
-- fp64 inside, whatever the inputs: the certificate holds at any conditioning met in practice, and a
-  step costs hardly more;
+- a short active-set (``τ = 0``) or Newton (``τ > 0``) iteration over all problems at once; those
+  that are done drop out;
+- fp64 inside, whatever the inputs: the certificate holds at any conditioning met in practice;
 - the derivative by one more solve with the final active set, never through the iteration;
 - opaque operators around the data-dependent loops, so that ``torch.compile`` keeps one graph.
 """
@@ -31,7 +30,7 @@ from maha_attn.ops._qp_solvers import (
 
 MAX_SCALES = 8
 CONSTRAINTS = ("simplex", "capped", "box")
-_CPU_CHUNK = 16384  # problems in work together: bounds the workspace
+_CPU_CHUNK = 262144  # weights in work together: bounds the workspace
 _LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}  # residual of a solved problem, relative
 
 
@@ -87,9 +86,9 @@ def solve_qp(
         The solution, in the common dtype of M and q but at least fp32. With ``g = Mw - q``:
 
         - ``residual``, in absolute terms, zero at the solution only. Box: ``‖w - Π(w - g)‖∞``.
-          Simplex: the largest ``|min(w_s, g_s - ν)|``, ``ν = wᵀg/Σw``, and ``|Σw - 1|``. Capped: the
-          same with ``ν`` capped at 0, and ``|min(-ν, 1 - Σw)|`` for the last.  ``τ > 0``: how far
-          ``w`` is from its fixed point ``p`` (``softmax(-g/τ)`` on the simplex), the largest
+          Simplex: the largest ``|min(w_s, g_s - ν)|``, ``ν = wᵀg/Σw``, and ``|Σw - 1|``. Capped:
+          the same with ``ν`` capped at 0, and ``|min(-ν, 1 - Σw)|`` for the last. ``τ > 0``: how
+          far ``w`` is from its fixed point ``p`` (``softmax(-g/τ)`` on the simplex), the largest
           ``|w_s - p_s| · min(1, τ / min(w_s, p_s))``.
         - ``gap``: ``f(w)`` less the dual's value at ``w``, which bounds ``f(w) - min f``. For
           ``τ = 0`` it is the Frank–Wolfe gap ``max_v gᵀ(w - v)``; for ``τ > 0``, ``τ KL(w ‖ p)`` on
@@ -105,9 +104,10 @@ def solve_qp(
         ValueError: Shapes that do not fit, ``S`` out of range, an unknown constraint, a temperature
             that is negative or set for the box, tensors on several devices.
 
-    Numerics: fp64 inside. The gradient in M and q is exact through the final active set (``τ = 0``;
-    at a kink, one of the one-sided derivatives) or the implicit function theorem (``τ > 0``), always
-    finite, 0 where the status is ``NONFINITE``; it can be taken once. Temperature gets none.
+    Numerics: fp64 inside. The gradient in M and q is exact, through the final active set
+    (``τ = 0``; at a kink, one of the one-sided derivatives) or the implicit function theorem
+    (``τ > 0``): always finite, 0 where the status is ``NONFINITE``, and to be taken once.
+    Temperature gets none.
     Cost: some 3 to 8 eliminations of ``⅔S³`` multiply-adds a problem forward, one backward.
 
     >>> M, q = torch.eye(3), torch.tensor([1.0, 0.5, -1.0])
@@ -233,7 +233,7 @@ def _adjoint_op(
     """``q̄ = a`` and ``M̄ = -½(awᵀ + waᵀ)``, where ``a`` solves the reduced system for ``w̄``."""
     S, P = weights.shape[-1], weights.shape[:-1].numel()
     M_pss, w_ps, grad_ps = M.reshape(P, S, S), weights.reshape(P, S), grad.reshape(P, S)
-    grad_M, grad_q = M.new_empty(P, S, S), M.new_empty(P, S)
+    grad_M, grad_q = M.new_empty(P, S * S), M.new_empty(P, S)
     eps = torch.finfo(weights.dtype).eps
     for part in _chunks(w_ps):
         w = _to_arrays(w_ps[part]).nan_to_num_(0.0)
@@ -244,9 +244,11 @@ def _adjoint_op(
         tight = None if constraint == "box" else w.sum(0).ge_(1 - S * eps)
         matrix = _to_arrays(M_pss[part]).nan_to_num_(0.0)
         a = projected_solve(matrix, d, shift, _to_arrays(grad_ps[part]), tight, eps=eps)
+        a.nan_to_num_(0.0, 0.0, 0.0)  # M far from definite
         outer = a[:, None] * w
         grad_q[part] = a.T
-        grad_M[part] = (outer + outer.transpose(0, 1)).mul_(-0.5).permute(2, 0, 1)
+        outer = (outer + outer.transpose(0, 1)).mul_(-0.5)
+        grad_M[part] = outer.flatten(0, 1).to(M.dtype).T
     return grad_M.view(M.shape), grad_q.view(weights.shape)
 
 
@@ -271,7 +273,8 @@ _solve_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _chunks(x: Tensor) -> list[slice]:
-    size = _CPU_CHUNK if x.device.type == "cpu" else max(x.shape[0], 1)
+    """Slices of the problems of ``x`` ``[P, S]``."""
+    size = _CPU_CHUNK // x.shape[1] if x.device.type == "cpu" else max(x.shape[0], 1)
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
@@ -291,10 +294,13 @@ def _solve_chunk(
     odd, empty, nonfinite = _mend(M, q, available)
 
     if temperature:
-        accuracy = 1e-14 if dtype == torch.float64 else 1e-9
+        accuracy = 2e-14 if dtype == torch.float64 else 1e-8
         w = newton(M, q, constraint, temperature, accuracy)
     else:
         w = active_set(M, q, constraint)
+    failed = w.isfinite().all(0).logical_not_().nonzero()[:, 0]  # M far from definite
+    equal = available[:, failed].to(w.dtype)
+    w[:, failed] = equal / equal.sum(0)
     w[:, odd] *= available[:, odd]
     weights = w.to(dtype)
     residual, gap = _certificate(M, q, weights.to(q.dtype), constraint, temperature)
@@ -337,7 +343,7 @@ def _certificate(
         residual = (w - g).clamp_(0, 1).sub_(w).abs_().amax(0)
         return residual, (w * g).sub_(g.clamp_(max=0)).sum(0)
     if tau:
-        p, conjugate, _ = soft_choice(-g, constraint, tau)
+        p, conjugate, *_ = soft_choice(-g, constraint, tau)
         off = (w - p).abs_().mul_((tau / torch.minimum(w, p)).clamp_(max=1))
         log_w = w.clamp(min=torch.finfo(w.dtype).tiny).log_()
         return off.amax(0), log_w.mul_(tau).add_(g).mul_(w).sum(0).add_(conjugate)

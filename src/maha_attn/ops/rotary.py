@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from maha_attn.ops.backend import use_triton
+
 
 def rotary_table(
     positions: Tensor, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
@@ -25,15 +27,15 @@ def rotary_table(
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), -2)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate ``x`` ``[B, N, ..., K]`` by ``table`` ``[N, 2, K]`` or ``[B, N, 2, K]``.
+def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
+    """Rotate ``x`` ``[B, N, H, K]`` by ``table`` ``[N, 2, K]`` or ``[B, N, 2, K]``.
 
     Computed in fp32 (fp64 for fp64 input), returned in the dtype of ``x``.
     """
-    batch_dims = table.dim() - 2
-    missing = x.dim() - 1 - max(batch_dims, 2)
-    cos, sin = table.unbind(-2)
-    shape = (1,) * (2 - batch_dims) + cos.shape[:-1] + (1,) * missing + cos.shape[-1:]
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    if use_triton(backend, x, width=x.shape[-1]):
+        from maha_attn.ops.triton.rotary import rotate_projection
+
+        return rotate_projection(x[:, :, None], table)[0].transpose(1, 2)
+    cos, sin = table[..., None, :, :].unbind(-2)
     first, second = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat((second, first), -1), sin).to(x.dtype)

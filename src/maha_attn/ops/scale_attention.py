@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maha_attn.ops.backend import use_triton
+
 
 def scale_attention(
     q: Tensor,
@@ -19,6 +21,7 @@ def scale_attention(
     causal: bool = True,
     stride: int = 1,
     lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attend from every query to the visible keys of one scale.
 
@@ -34,13 +37,20 @@ def scale_attention(
         stride: Queries to a key: 1 for the scale's own (coarse) queries, ``r^s`` for fine ones.
         lengths: ``[B]`` real keys of each row (bidirectional; a row of none attends to key 0).
             Causal rows need none: padding lies in their future.
+        backend: ``auto``, ``torch`` or ``triton`` (`maha_attn.ops.backend.use_triton`).
 
     Returns:
         ``[B, H, N, K]``; zeros where a query sees no key (before the first complete block).
 
     Numerics: `torch.nn.functional.scaled_dot_product_attention`. Cost: ``4K`` FLOPs a query and
-    executed key; a window of 128 executes 191 keys a query.
+    executed key; a window of 128 executes 192 keys a query.
     """
+    if use_triton(backend, q, k, v, width=q.shape[-1]):
+        from maha_attn.ops.triton import scale_attention as kernels
+
+        return kernels.scale_attention(
+            q, k, v, window=window, causal=causal, stride=stride, lengths=lengths
+        )
     if stride == 1:
         return _aligned_attention(q, k, v, window, causal, lengths)
     # The queries whose last block is e are `stride` in a row: each of the `stride` positions in
@@ -76,7 +86,7 @@ def _block_local_attention(
 ) -> Tensor:
     """Queries see the keys from ``i - back`` to ``i + ahead``: block by block of queries.
 
-    A causal block executes ``block + back`` keys a query: 1.5 times a window of 128.
+    A causal block executes about ``block + back`` keys a query: 1.5 times a window of 128.
     """
     length = q.shape[2]
     block = min(max(back + 1, 32), 64)
@@ -107,8 +117,9 @@ def _blocks(
     """The blocks of queries from ``head`` on, each with its own strip of keys."""
     batch, heads, length, width = q.shape
     num_blocks = -(-(length - head) // block)
-    strip = block + back + ahead
-    before = back - head
+    reach = -(-back // 16) * 16  # Whole vectors: matrix products run up to a tenth faster.
+    strip = block + reach + ahead
+    before = reach - head
     missing = head + num_blocks * block - length
     q = _extend(q, -head, missing).unflatten(2, (num_blocks, block))
     # Overlapping views, not copies.
@@ -116,7 +127,7 @@ def _blocks(
         _extend(t, before, missing + ahead).unfold(2, strip, block).transpose(-1, -2)
         for t in (k, v)
     )
-    mask = _band(block, strip, back, back, ahead, q)
+    mask = _band(block, strip, reach, back, ahead, q)
     if ahead or lengths is not None:
         index = torch.arange(num_blocks, device=q.device)[:, None] * block - before
         index = index + torch.arange(strip, device=q.device)
@@ -126,7 +137,7 @@ def _blocks(
         real = (index >= 0) & (index < ends[:, None, None])
         mask = mask & real[:, None, :, None, :]
         # A padding query may have no real key in its strip; it sees its own position instead.
-        own = torch.eye(block, strip, dtype=torch.bool, device=q.device).roll(back, 1)
+        own = torch.eye(block, strip, dtype=torch.bool, device=q.device).roll(reach, 1)
         mask = mask | (own & ~mask.any(-1, keepdim=True))
         mask = mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
     shape = (batch * heads, num_blocks)
