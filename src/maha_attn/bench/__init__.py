@@ -1,0 +1,1 @@
+"""Cost: time, memory, operations; certificates of the solver. Results go to ``results/``."""

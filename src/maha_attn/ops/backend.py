@@ -1,0 +1,66 @@
+"""Choice between composed PyTorch operators and kernels.
+
+Kernels need a CUDA device of compute capability 8.0 or more, bf16, fp16 or fp32, and a head width
+that is a multiple of 8 and at most 256. What they cannot do, PyTorch does: said once for each
+reason where a GPU is idle for it, and not at all on a CPU, which nobody expects to run kernels.
+"""
+
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 256
+"""Widest head of the kernels: a tile of it still fits into shared memory."""
+
+_said: set[str] = set()
+
+
+def use_triton(backend: str, *tensors: Tensor, width: int | None = None) -> bool:
+    """Whether kernels serve these tensors.
+
+    Args:
+        backend: ``auto``, ``torch`` or ``triton``.
+        tensors: All floating-point inputs of the operation.
+        width: Head width, where the operation has one.
+
+    Raises:
+        ValueError: ``backend`` has no such value, or is ``triton`` where kernels cannot run.
+    """
+    if backend == "torch":
+        return False
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    reason = unsupported(*tensors, width=width)
+    if reason is None:
+        # The interpreter stands in for a GPU only where it is asked for.
+        return backend == "triton" or tensors[0].is_cuda
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
+    if tensors[0].is_cuda and reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"attention runs on PyTorch operators, not kernels: {reason}", stacklevel=3)
+    return False
+
+
+def unsupported(*tensors: Tensor, width: int | None = None) -> str | None:
+    """Why kernels cannot serve these tensors; None where they can."""
+    device = tensors[0].device
+    if any(t.device != device for t in tensors):
+        return f"inputs lie on several devices: {', '.join(str(t.device) for t in tensors)}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor} of {device} is below 8.0"
+    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return f"device {device.type} is not cuda"
+    for t in tensors:
+        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"dtype {t.dtype} is not bfloat16, float16 or float32"
+    if width is not None and (width % 8 or width > MAX_WIDTH):
+        return f"head width {width} is not a multiple of 8 up to {MAX_WIDTH}"
+    return None
