@@ -141,11 +141,13 @@ class MultiscaleAttention(nn.Module):
             fine = spec.queries == "fine" and s > 0
             q, k = self.project_qk(s, features[0 if fine else s], features[s])
             q = rotate(q, self.query_table(s, tokens) if fine else table[:length], spec.backend)
-            keys.append(rotate(k, table[:length], spec.backend).transpose(1, 2))
+            k = rotate(k, table[:length], spec.backend).transpose(1, 2)
+            if cache is not None:
+                keys.append(k)
             outputs.append(
                 scale_attention(
                     q.transpose(1, 2),
-                    keys[s],
+                    k,
                     self.split(values[s]).transpose(1, 2),
                     window=span,
                     causal=spec.causal,

@@ -2,7 +2,7 @@
 
 Shapes: ``M`` is ``[S, S, P]``, a vector of a problem ``[S, P]``, a scalar of a problem ``[P]``,
 with the ``P`` problems contiguous: one step of an elimination is one operation over all problems.
-Everything is fp64. Masks are 0.0 or 1.0, since arithmetic on them is vectorised where
+Everything here is fp64. Masks are 0.0 or 1.0, since arithmetic on them is vectorised where
 ``torch.where`` is not. Both iterations, and the derivative of what they find, solve one and the
 same reduced system, `projected_solve`.
 """
@@ -32,6 +32,14 @@ def matvec(M: Tensor, w: Tensor) -> Tensor:
     return product
 
 
+class Reduced(NamedTuple):
+    """What `projected_solve` finds, and the pivots of its elimination."""
+
+    p: Tensor
+    theta: Tensor
+    pivots: Tensor
+
+
 def projected_solve(
     M: Tensor,
     d: Tensor,
@@ -39,9 +47,9 @@ def projected_solve(
     rhs: Tensor,
     tight: Tensor | None,
     *,
-    total: float = 0.0,
+    total: Tensor | float = 0.0,
     eps: float = _EPS,
-) -> Tensor:
+) -> "Reduced":
     """``p = d∘(x - θy)`` with ``(M diag(d) + diag(shift)) [x, y] = [rhs, 1]``.
 
     Where ``tight`` is 1, θ makes ``Σp = total``; where it is 0, or None for all, so is θ.
@@ -74,12 +82,12 @@ def projected_solve(
         solved = T[j, None, S:].mul_(reciprocals[j])
         if j:
             T[:j, S:].addcmul_(T[:j, j, None], solved, value=-1)
-    x = T[:, S]
+    x, pivots = T[:, S], T.diagonal().T
     if tight is None:
-        return x * d
+        return Reduced(x * d, torch.zeros_like(x[0]), pivots)
     y = T[:, S + 1]
     theta = (d * x).sum(0).sub_(total).mul_(tight) / (d * y).sum(0).clamp_(min=_TINY)
-    return torch.addcmul(x, y, theta, value=-1).mul_(d)
+    return Reduced(torch.addcmul(x, y, theta, value=-1).mul_(d), theta, pivots)
 
 
 def _iterate(step: Callable[[State], Tensor], state: State, steps: int) -> Tensor | None:
@@ -162,7 +170,7 @@ def _active_set_step(state: State, constraint: str) -> Tensor:
         descent.addcmul_(loosen, multiplier)
         tight.sub_(loosen)
 
-    p = projected_solve(M, free, 1 - free, descent, None if box else tight).mul_(active)
+    p = projected_solve(M, free, 1 - free, descent, None if box else tight).p.mul_(active)
     # The reciprocal of the step to each bound, negative; what is below -1 is in the way.
     approach = p / (w + _TINY)
     if box:
@@ -230,7 +238,7 @@ def _newton_target(
     """``v⁺``, ``Mv⁺``, and the choice at ``v``."""
     M, Mv = state["M"], state["Mv"]
     choice = soft_choice(state["q"] - Mv, constraint, tau)
-    target = projected_solve(M, choice.weights, tau, Mv + tau, choice.tight, total=1.0)
+    target = projected_solve(M, choice.weights, tau, Mv + tau, choice.tight, total=1.0).p
     return target, matvec(M, target), choice
 
 

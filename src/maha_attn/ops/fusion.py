@@ -185,7 +185,7 @@ class _Runs:
         first, *others = self.runs(weights.to(self.fine.dtype)).split(1, -1)
         fused = first * self.fine
         for s, weight in enumerate(others):
-            fused = torch.addcmul(fused, weight, self.coarse[:, :, :, None, s])
+            fused.addcmul_(weight, self.coarse[:, :, :, None, s])
         return self.tokens(fused)
 
 

@@ -35,8 +35,10 @@ def combine(windows: Tensor, weight: Tensor | None, method: str) -> Tensor:
     assert weight is not None
     if method == "dense_conv":
         return torch.einsum("...dk,edk->...e", windows, weight)
-    taps = [windows[..., i] * weight[i] for i in range(weight.shape[0])]
-    return torch.stack(taps).sum(0) if len(taps) > 8 else sum(taps[1:], taps[0])
+    token = windows[..., 0] * weight[0]
+    for i in range(1, weight.shape[0]):
+        token.addcmul_(windows[..., i], weight[i])
+    return token
 
 
 def downsample(

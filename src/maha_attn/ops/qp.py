@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maha_attn.ops._qp_quick import quick_active_set, quick_newton
 from maha_attn.ops._qp_solvers import (
     FAR,
     active_set,
@@ -243,7 +244,7 @@ def _adjoint_op(
             shift = 1 - d
         tight = None if constraint == "box" else w.sum(0).ge_(1 - S * eps)
         matrix = _to_arrays(M_pss[part]).nan_to_num_(0.0)
-        a = projected_solve(matrix, d, shift, _to_arrays(grad_ps[part]), tight, eps=eps)
+        a = projected_solve(matrix, d, shift, _to_arrays(grad_ps[part]), tight, eps=eps).p
         a.nan_to_num_(0.0, 0.0, 0.0)  # M far from definite
         outer = a[:, None] * w
         grad_q[part] = a.T
@@ -287,12 +288,52 @@ def _to_arrays(x: Tensor) -> Tensor:
 def _solve_chunk(
     M_pss: Tensor, q_ps: Tensor, available: Tensor | None, constraint: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, eps = q_ps.dtype, torch.finfo(q_ps.dtype).eps
+    dtype = q_ps.dtype
     M, q = _to_arrays(M_pss), _to_arrays(q_ps)
     if available is None:
         available = torch.ones((), dtype=torch.bool, device=q.device).expand_as(q)
     odd, empty, nonfinite = _mend(M, q, available)
 
+    if dtype == torch.float32:
+        *solved, late = _attempt(M, q, constraint, temperature)
+        if late.numel():
+            some = M.index_select(-1, late), q.index_select(-1, late)
+            mended = _iterate_to_the_end(*some, available[:, late], dtype, constraint, temperature)
+            for whole, piece in zip(solved, mended, strict=True):
+                whole[..., late] = piece
+    else:
+        solved = _iterate_to_the_end(M, q, available, dtype, constraint, temperature)
+    weights, residual, gap, status = solved
+    weights[:, odd] *= available[:, odd]
+
+    status[empty], residual[empty], gap[empty] = Status.SOLVED, 0, 0
+    status[nonfinite] = Status.NONFINITE
+    for x in (weights, residual, gap):
+        x[..., nonfinite] = torch.nan
+    return weights.T, residual, gap, status
+
+
+def _attempt(
+    M: Tensor, q: Tensor, constraint: str, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solution in fp32 as if all were solved, and the indices of those that may not be."""
+    if temperature:
+        w, sure = quick_newton(M, q, constraint, temperature)
+    else:
+        w, sure = quick_active_set(M, q, constraint)
+    weights = w.float()
+    residual, gap = _certificate(M, q, weights.double(), constraint, temperature)
+    size_q = q.abs()
+    limit = size_q.mul_(size_q < FAR).amax(0).add_(1).mul_(0.5 * _LIMIT[torch.float32])
+    late = sure.logical_and_(residual <= limit).logical_not_().nonzero()[:, 0]
+    status = torch.full_like(residual, Status.SOLVED, dtype=torch.int8)
+    return weights, residual.float(), gap.float(), status, late
+
+
+def _iterate_to_the_end(
+    M: Tensor, q: Tensor, available: Tensor, dtype: torch.dtype, constraint: str, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solution in ``dtype`` of any problems, found in fp64, and what became of them."""
     if temperature:
         accuracy = 2e-14 if dtype == torch.float64 else 1e-8
         w = newton(M, q, constraint, temperature, accuracy)
@@ -301,18 +342,13 @@ def _solve_chunk(
     failed = w.isfinite().all(0).logical_not_().nonzero()[:, 0]  # M far from definite
     equal = available[:, failed].to(w.dtype)
     w[:, failed] = equal / equal.sum(0)
-    w[:, odd] *= available[:, odd]
     weights = w.to(dtype)
     residual, gap = _certificate(M, q, weights.to(q.dtype), constraint, temperature)
     limit = (magnitude(M, q) + 1).mul_(_LIMIT[dtype])
     status = (residual <= limit).logical_not_().to(torch.int8)
-    status.masked_fill_(relative_pivot(M) <= q.shape[0] * eps, Status.SINGULAR)
-
-    status[empty], residual[empty], gap[empty] = Status.SOLVED, 0, 0
-    status[nonfinite] = Status.NONFINITE
-    for x in (weights, residual, gap):
-        x[..., nonfinite] = torch.nan
-    return weights.T, residual.to(dtype), gap.to(dtype), status
+    pivot_limit = q.shape[0] * torch.finfo(dtype).eps
+    status.masked_fill_(relative_pivot(M) <= pivot_limit, Status.SINGULAR)
+    return weights, residual.to(dtype), gap.to(dtype), status
 
 
 def _mend(M: Tensor, q: Tensor, available: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,5 +37,10 @@ def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
 
         return rotate_projection(x[:, :, None], table)[0].transpose(1, 2)
     cos, sin = table[..., None, :, :].unbind(-2)
-    first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((second, first), -1), sin).to(x.dtype)
+    (first, second), half = x.chunk(2, -1), x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., half:]
+    turned = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    return torch.cat(turned, -1).to(x.dtype)

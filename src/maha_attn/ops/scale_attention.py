@@ -11,6 +11,9 @@ from torch import Tensor
 
 from maha_attn.ops.backend import use_triton
 
+BLOCK = 32
+"""Queries to a block of a windowed scale; few, since each executes as many keys too many."""
+
 
 def scale_attention(
     q: Tensor,
@@ -43,7 +46,7 @@ def scale_attention(
         ``[B, H, N, K]``; zeros where a query sees no key (before the first complete block).
 
     Numerics: `torch.nn.functional.scaled_dot_product_attention`. Cost: ``4K`` FLOPs a query and
-    executed key; a window of 128 executes 192 keys a query.
+    executed key; a window of 128 executes 160 keys a query.
     """
     if use_triton(backend, q, k, v, width=q.shape[-1]):
         from maha_attn.ops.triton import scale_attention as kernels
@@ -86,21 +89,20 @@ def _block_local_attention(
 ) -> Tensor:
     """Queries see the keys from ``i - back`` to ``i + ahead``: block by block of queries.
 
-    A causal block executes about ``block + back`` keys a query: 1.5 times a window of 128.
+    A causal query executes ``BLOCK + back`` keys, 1.25 times a window of 128.
     """
     length = q.shape[2]
-    block = min(max(back + 1, 32), 64)
     # Queries whose window starts before the sequence are few: they go densely, and all other
     # blocks share one mask.
     head = 0
     outputs = []
     if ahead == 0:
-        head = min(-(-back // block) * block, length)
+        head = min(-(-back // BLOCK) * BLOCK, length)
         mask = _band(head, head, 0, back, 0, q)
         first = (t[:, :, :head] for t in (q, k, v))
         outputs.append(F.scaled_dot_product_attention(*first, attn_mask=mask))
     if head < length:
-        outputs.append(_blocks(q, k, v, head, block, back, ahead, lengths))
+        outputs.append(_blocks(q, k, v, head, back, ahead, lengths))
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
@@ -109,27 +111,26 @@ def _blocks(
     k: Tensor,
     v: Tensor,
     head: int,
-    block: int,
     back: int,
     ahead: int,
     lengths: Tensor | None,
 ) -> Tensor:
     """The blocks of queries from ``head`` on, each with its own strip of keys."""
     batch, heads, length, width = q.shape
-    num_blocks = -(-(length - head) // block)
+    num_blocks = -(-(length - head) // BLOCK)
     reach = -(-back // 16) * 16  # Whole vectors: matrix products run up to a tenth faster.
-    strip = block + reach + ahead
+    strip = BLOCK + reach + ahead
     before = reach - head
-    missing = head + num_blocks * block - length
-    q = _extend(q, -head, missing).unflatten(2, (num_blocks, block))
+    missing = head + num_blocks * BLOCK - length
+    q = _extend(q, -head, missing).unflatten(2, (num_blocks, BLOCK))
     # Overlapping views, not copies.
     k, v = (
-        _extend(t, before, missing + ahead).unfold(2, strip, block).transpose(-1, -2)
+        _extend(t, before, missing + ahead).unfold(2, strip, BLOCK).transpose(-1, -2)
         for t in (k, v)
     )
-    mask = _band(block, strip, reach, back, ahead, q)
+    mask = _band(BLOCK, strip, reach, back, ahead, q)
     if ahead or lengths is not None:
-        index = torch.arange(num_blocks, device=q.device)[:, None] * block - before
+        index = torch.arange(num_blocks, device=q.device)[:, None] * BLOCK - before
         index = index + torch.arange(strip, device=q.device)
         ends = (
             torch.full((1,), length, device=q.device) if lengths is None else lengths.clamp(min=1)
@@ -137,13 +138,13 @@ def _blocks(
         real = (index >= 0) & (index < ends[:, None, None])
         mask = mask & real[:, None, :, None, :]
         # A padding query may have no real key in its strip; it sees its own position instead.
-        own = torch.eye(block, strip, dtype=torch.bool, device=q.device).roll(reach, 1)
+        own = torch.eye(BLOCK, strip, dtype=torch.bool, device=q.device).roll(reach, 1)
         mask = mask | (own & ~mask.any(-1, keepdim=True))
         mask = mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
     shape = (batch * heads, num_blocks)
     q, k, v = (t.reshape(*shape, *t.shape[3:]) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.reshape(batch, heads, num_blocks * block, width)[:, :, : length - head]
+    return out.reshape(batch, heads, num_blocks * BLOCK, width)[:, :, : length - head]
 
 
 def _extend(x: Tensor, before: int, after: int) -> Tensor:
