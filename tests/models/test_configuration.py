@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from maha_attn import AttentionSpec
 from maha_attn.models import MahaConfig
@@ -72,3 +72,9 @@ def test_fusion_temperature_is_no_sampling_temperature(tiny, tmp_path):
     assert "temperature" not in json.loads((tmp_path / "config.json").read_text())
     assert MahaConfig.from_pretrained(tmp_path).temperature == 0.0
     assert tiny.lm(temperature=0.0).generation_config.temperature is None
+
+
+def test_layer_types_survive_readers_that_do_not_know_the_model(tiny, tmp_path):
+    tiny.config(layer_types=["maha", "sliding"]).save_pretrained(tmp_path)
+    PreTrainedConfig.from_json_file(tmp_path / "config.json")  # As the Trainer does on resuming.
+    assert MahaConfig.from_pretrained(tmp_path).layer_types == ["maha", "sliding"]

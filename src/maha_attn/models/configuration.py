@@ -17,6 +17,7 @@ _AttentionOptions = make_dataclass(
     [(f.name, Any, field(default=f.default)) for f in _OPTIONS],
     kw_only=True,
 )
+_STORED_AS = {"temperature": "fusion_temperature", "layer_types": "attention_layer_types"}
 
 
 @strict
@@ -71,7 +72,8 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.temperature = kwargs.pop("fusion_temperature", self.temperature)
+        for name, stored in _STORED_AS.items():
+            setattr(self, name, kwargs.pop(stored, getattr(self, name)))
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
@@ -104,13 +106,15 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as a dictionary; ``temperature`` is stored as ``fusion_temperature``.
+        """The options as a dictionary, two of them under names of their own.
 
         transformers reads a ``temperature`` that it finds in a model's dictionary or file as the
-        sampling temperature of ``generate``.
+        sampling temperature of ``generate``, and refuses ``layer_types`` that it does not know
+        where it reads a file without knowing the model (the Trainer, when it resumes).
         """
         output = super().to_dict()
-        output["fusion_temperature"] = output.pop("temperature")
+        for name, stored in _STORED_AS.items():
+            output[stored] = output.pop(name)
         return output
 
     def _get_generation_parameters(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Recipes, run folders and training. The work is done by transformers' Trainer."""

@@ -1,0 +1,48 @@
+"""What every test shares: one thread, no network, and where the data samples are."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_CACHE = TemporaryDirectory(prefix="maha-attn-tests-")
+# Before torch, transformers and datasets are imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+# Kernels run in Triton's interpreter where there is no GPU; read when triton is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("maha", deadline=None)
+hypothesis.settings.load_profile("maha")
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The repository's root."""
+    return CHECKOUT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Data samples that are not ours to ship: in $MAHA_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("MAHA_DATA", CHECKOUT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data samples in {folder}; set MAHA_DATA to their folder")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,48 @@
+"""Recipes: what the file says, what overrides it, and what the help leaves out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maha_attn.spec import AttentionSpec
+from maha_attn.training.recipe import find_recipe, load_recipe, print_help, recipe_parser
+
+
+def test_demo_recipe_is_complete_and_can_be_overridden(checkout: Path) -> None:
+    overrides = ["--model.window=16", "--train.adam_beta2=0.9", "--data.held_out=0.2"]
+    recipe = load_recipe(recipe_parser(), "recipes/demo.yaml", overrides)
+    written = yaml.safe_load((checkout / "recipes" / "demo.yaml").read_text())
+    assert recipe.model.hidden_size == written["model"]["hidden_size"]
+    assert recipe.model.window == recipe.settings["model"]["window"] == 16
+    assert recipe.train.adam_beta2 == recipe.settings["train"]["adam_beta2"] == 0.9
+    assert recipe.data.held_out == 0.2
+    assert recipe.train.output_dir == str(Path("runs") / "demo")
+
+
+def test_settings_of_a_run_are_a_recipe_again(tmp_path: Path) -> None:
+    first = load_recipe(recipe_parser(), "recipes/demo.yaml", [])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(first.settings))
+    again = load_recipe(recipe_parser(), str(tmp_path / "again.yaml"), [])
+    assert again.settings == first.settings
+    assert again.model.to_dict() == first.model.to_dict()
+
+
+def test_a_recipe_here_comes_before_one_of_the_package(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("recipes/demo.yaml").samefile(checkout / "recipes" / "demo.yaml")
+    Path("recipes").mkdir()
+    Path("recipes/demo.yaml").touch()
+    assert find_recipe("recipes/demo.yaml").samefile(tmp_path / "recipes" / "demo.yaml")
+
+
+def test_help_shows_the_attention_and_hides_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    print_help(recipe_parser())
+    shown = capsys.readouterr().out
+    for name in vars(AttentionSpec(hidden_size=8, num_heads=2)):
+        assert name in ("num_heads", "causal") or f"--model.{name} " in shown
+    assert "--train.learning_rate " in shown
+    assert "--train.deepspeed" not in shown
+    assert "--model.id2label" not in shown
