@@ -1,0 +1,305 @@
+"""How costs are measured: both sides in one process, in turn, with ceilings of the same run.
+
+A time is the median of rounds; in each round every side runs once, so that what disturbs the
+machine disturbs all. A spread is half the distance of the quartiles. Ceilings are a large copy
+(bytes read and written) and a large matrix product, measured like everything else.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A competitor: a differentiable computation and the inputs that it is differentiated for."""
+
+    run: Callable[[], Tensor]
+    inputs: list[Tensor]
+
+    def forward(self) -> Tensor:
+        """Without a graph."""
+        with torch.no_grad():
+            return self.run()
+
+    def train(self) -> None:
+        """Forward and backward."""
+        out = self.run()
+        key = (out.shape, out.stride(), out.dtype)
+        if key not in _gradients:  # Made once, so that making it is not timed.
+            _gradients.clear()
+            _gradients[key] = torch.randn_like(out)
+        torch.autograd.grad(out, self.inputs, _gradients[key])
+
+
+MakeSide = Callable[[], Side | str]
+"""Makes a side, or says why it cannot run."""
+
+_gradients: dict[tuple[object, ...], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one side: median and half the quartiles' distance over all rounds, in ms.
+
+    ``issue_ms`` is the median time that the host needs to hand the work to the device. Where it is
+    the larger one and nothing else keeps the device busy, it is what a user waits for.
+    """
+
+    median_ms: float
+    spread_ms: float
+    issue_ms: float
+    rounds: int
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int = 20,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """Time the sides in turn, ``rounds`` times each after ``warmup`` untimed rounds.
+
+    On a GPU by events around each call. Before each, the device pauses for twice the time that the
+    host needs to issue the call, so that the device never waits for the host within it; the host's
+    time is measured beside the device's.
+    """
+    clock = _device_clock if device.type == "cuda" else _host_clock
+    pauses = {}
+    for _ in range(warmup):
+        for name, run in sides.items():
+            _, issued = clock(run, device, 0.0)
+            pauses[name] = 1 + 2 * issued
+    readings = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            readings[name].append(clock(run, device, pauses[name]))
+    return {name: _timing(pairs) for name, pairs in readings.items()}
+
+
+def _host_clock(run: Callable[[], object], _: torch.device, __: float) -> tuple[float, float]:
+    """Milliseconds of the work and of issuing it, here the same."""
+    start = time.perf_counter()
+    run()
+    elapsed = 1e3 * (time.perf_counter() - start)
+    return elapsed, elapsed
+
+
+def _device_clock(
+    run: Callable[[], object], device: torch.device, pause_ms: float
+) -> tuple[float, float]:
+    """Milliseconds of the work on the device, and of issuing it on the host."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(pause_ms * _CYCLES_PER_MS))
+    begin.record()
+    _, issued = _host_clock(run, device, 0.0)
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end), issued
+
+
+_CYCLES_PER_MS = 2_000_000
+"""Of a GPU's clock, about: no GPU of today runs much faster."""
+
+
+def _timing(readings: list[tuple[float, float]]) -> Timing:
+    times, issued = (list(values) for values in zip(*readings, strict=True))
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    spread = (quartiles[2] - quartiles[0]) / 2
+    return Timing(statistics.median(times), spread, statistics.median(issued), len(times))
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory allocated while ``run`` runs, beyond what was allocated before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """``copy_gb_s`` (read + written) and ``matmul_tflop_s`` of this device, on random data."""
+    size, side = (2**29, 8192) if device.type == "cuda" else (2**24, 1024)
+    x = torch.randn(size, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    timings = alternate({"copy": lambda: y.copy_(x), "matmul": lambda: a @ a}, device=device)
+    return {
+        "copy_gb_s": 2 * x.nbytes / timings["copy"].median_ms / 1e6,
+        "matmul_tflop_s": 2 * side**3 / timings["matmul"].median_ms / 1e9,
+    }
+
+
+def provenance(command: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What another person needs to repeat a measurement."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": torch.version.cuda or "none"}
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+        name = torch.cuda.get_device_name(device)
+    return {
+        "command": command,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": name,
+        "versions": versions,
+        "settings": dict(settings),
+    }
+
+
+def _commit() -> str | None:
+    """The commit measured, marked where files differ from it; $MAHA_COMMIT where git is not."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MAHA_COMMIT")
+
+
+def benchmark(
+    make_sides: Callable[[argparse.Namespace, int], Mapping[str, MakeSide]],
+    *,
+    prog: str,
+    description: str,
+    output: str,
+    reference: Collection[str],
+    arguments: list[str] | None,
+) -> None:
+    """The frame of a benchmark: options, ceilings, every length, a table, a result file.
+
+    Args:
+        make_sides: From the options and a length, the sides.
+        prog: The command's name.
+        description: Its help.
+        output: Default path of the result file.
+        reference: Sides of which the fastest is what speedups are against.
+        arguments: Of the command line; None: the process's.
+    """
+    options = _parse(prog, description, output, arguments)
+    device = torch.device(options.device)
+    limits = ceilings(device, DTYPES[options.dtype])
+    print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.0f} TFLOP/s")
+    rows = []
+    for length in options.lengths:
+        torch.manual_seed(options.seed)
+        measured = measure_sides(make_sides(options, length), reference, options)
+        rows += [{"length": length, **row} for row in measured]
+        print(f"\nN = {length}\n{_table(measured)}", flush=True)
+        _gradients.clear()
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    command = " ".join([prog, *(sys.argv[1:] if arguments is None else arguments)])
+    document = provenance(command, settings, device) | {"ceilings": limits, "rows": rows}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1, ensure_ascii=False, default=asdict)
+    options.output.write_text(text + "\n", encoding="utf-8")
+    print(f"\nWritten: {options.output}")
+
+
+def measure_sides(
+    sides: Mapping[str, MakeSide], reference: Collection[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each side: forward, training, speedups, peak memory; or why not."""
+    device = torch.device(options.device)
+    rows: dict[str, dict[str, Any]] = {name: {"side": name} for name in sides}
+    running: dict[str, Side] = {}
+    for name, make in sides.items():
+        if any(part in name for part in options.skip):
+            rows[name]["skipped"] = "left out by --skip"
+            continue
+        side = make()
+        if isinstance(side, str):
+            rows[name]["skipped"] = side
+        else:
+            try:
+                side.forward()
+                side.train()
+            except Exception as error:  # Other people's code: whatever it raises is its result.
+                rows[name]["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                running[name] = side
+    for what in ("forward", "train"):
+        runs = {name: getattr(side, what) for name, side in running.items()}
+        timings = alternate(runs, device=device, rounds=options.rounds)
+        full = [timings[name].median_ms for name in reference if name in timings]
+        for name, timing in timings.items():
+            rows[name][what] = timing
+            rows[name][f"{what}_speedup"] = min(full) / timing.median_ms if full else None
+    for name, side in running.items():
+        rows[name]["peak_bytes"] = peak_bytes(side.train, device)
+    return list(rows.values())
+
+
+def _parse(
+    prog: str, description: str, output: str, arguments: list[str] | None
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    cuda = torch.cuda.is_available()
+    lengths = [4096, 16384, 65536]
+    parser.add_argument("--lengths", type=_integers, default=lengths, metavar="N,…")
+    parser.add_argument("--tokens", type=int, default=65536, help="in a batch: rows × length")
+    parser.add_argument("--width", type=int, default=1024, help="D")
+    parser.add_argument("--heads", type=int, default=16, help="H")
+    parser.add_argument("--scales", type=int, default=4, help="S")
+    parser.add_argument("--ratio", type=int, default=2, help="r")
+    parser.add_argument("--window", type=int, default=128, help="w")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], metavar="SIDE,…")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"default: {output}")
+    return parser.parse_args(arguments)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """One line a side, times in ms; below, the sides that did not run, and why.
+
+    ``issue`` is the host's time of fwd+bwd.
+    """
+    name_width = max(len(row["side"]) for row in rows)
+    header = ["forward", "±", "× full", "fwd+bwd", "±", "× full", "issue", "peak MiB"]
+    lines = [" " * name_width + "".join(f"{cell:>10}" for cell in header)]
+    for row in (row for row in rows if "skipped" not in row):
+        cells = []
+        for what in ("forward", "train"):
+            speedup = row[f"{what}_speedup"]
+            cells += [f"{row[what].median_ms:.3f}", f"{row[what].spread_ms:.3f}"]
+            cells.append("–" if speedup is None else f"{speedup:.2f}")
+        cells.append(f"{row['train'].issue_ms:.3f}")
+        cells.append("–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}")
+        lines.append(row["side"].ljust(name_width) + "".join(f"{cell:>10}" for cell in cells))
+    lines += [f"{row['side']}: {row['skipped'][:100]}" for row in rows if "skipped" in row]
+    return "\n".join(lines)

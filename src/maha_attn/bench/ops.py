@@ -1,0 +1,192 @@
+"""``maha bench ops``: the attention itself, from Q, K and V to the heads' outputs.
+
+Every side gets tensors as a projection leaves them and is differentiated for all its inputs. MAHA's
+sides: attention of all scales; the same with each fusion; and its window alone. Full attention:
+SDPA flash, SDPA cuDNN, SDPA materialised. Windows and sparse: FlexAttention, and flash-attn and
+native sparse attention (flash-linear-attention) where they are installed. A side that cannot run
+says why in its row. Ratios are against the fastest full attention of the same run.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from maha_attn.bench.measure import DTYPES, MakeSide, Side, benchmark
+from maha_attn.ops.fusion import fuse
+from maha_attn.ops.pyramid import coarse_length
+from maha_attn.ops.scale_attention import scale_attention
+from maha_attn.spec import AttentionSpec
+
+FULL = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA materialised": SDPBackend.MATH,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table, write JSON."""
+    benchmark(
+        make_sides,
+        prog="maha bench ops",
+        description="Time the attention itself, from Q, K and V to the heads' outputs.",
+        output="results/bench-ops.json",
+        reference=FULL,
+        arguments=arguments,
+    )
+
+
+def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
+    """All sides at one length."""
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    batch, heads = max(options.tokens // length, 1), options.heads
+    width = options.width // heads
+
+    def projected(n: int) -> list[Tensor]:
+        packed = torch.randn(batch, n, 2, heads, width, device=device, dtype=dtype)
+        values = torch.randn(batch, n, heads, width, device=device, dtype=dtype)
+        return [t.transpose(1, 2).detach().requires_grad_() for t in (*packed.unbind(2), values)]
+
+    spec = AttentionSpec(
+        hidden_size=options.width, num_heads=heads, num_scales=options.scales, ratio=options.ratio,
+        window=options.window,
+    )  # fmt: skip
+    lengths = [length]
+    for _ in range(spec.num_scales - 1):
+        lengths.append(coarse_length(lengths[-1], spec.ratio, causal=True))
+    scales = [projected(n) for n in lengths if n > 0]
+    spans, strides = spec.spans[: len(scales)], spec.strides[: len(scales)]
+
+    def attend() -> list[Tensor]:
+        return [scale_attention(*s, window=w) for s, w in zip(scales, spans, strict=True)]
+
+    logits = torch.randn(batch, length, heads, len(scales), device=device, dtype=dtype)
+    logits = logits.transpose(1, 2).detach().requires_grad_()
+    target = scales[0][2]
+
+    def fused(method: str, **problem: Any) -> Tensor:
+        return fuse(attend(), strides=strides, causal=True, method=method, **problem).output
+
+    inputs = [t for scale in scales for t in scale]
+    fine = scales[0]
+
+    def full(backend: SDPBackend) -> Side | str:
+        return too_large(backend, options, length) or Side(partial(_sdpa, fine, backend), fine)
+
+    def maha(run: Callable[[], Tensor], inputs: list[Tensor] = inputs) -> MakeSide:
+        return lambda: Side(run, inputs)
+
+    window = partial(scale_attention, *fine, window=options.window)
+    sides: dict[str, MakeSide] = {name: partial(full, backend) for name, backend in FULL.items()}
+    sides["FlexAttention window"] = partial(_flex_window, fine, options.window)
+    sides["flash-attn window"] = partial(_flash_attn_window, fine, options.window)
+    sides["native sparse attention (fla)"] = partial(_native_sparse, fine)
+    sides["window"] = maha(window, fine)
+    sides["MAHA attention, all scales"] = maha(lambda: _joined(attend()))
+    convex = {"method": "convex", "logits": logits, "target": target}
+    gated = [*inputs, logits]
+    sides["MAHA convex"] = maha(partial(fused, **convex), gated)
+    sides["MAHA convex, τ = 0"] = maha(partial(fused, **convex, temperature=0.0), gated)
+    sides["MAHA nash"] = maha(partial(fused, "nash"))
+    sides["MAHA gate"] = maha(partial(fused, "gate", logits=logits), gated)
+    sides["MAHA mean"] = maha(partial(fused, "mean"))
+    return sides
+
+
+class _Join(torch.autograd.Function):
+    """The first output, with a gradient for all of them, at no cost."""
+
+    @staticmethod
+    def forward(ctx, *outputs: Tensor) -> Tensor:
+        ctx.outputs = [(o.shape, o.stride()) for o in outputs]
+        return outputs[0].view_as(outputs[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Coarse gradients: memory of the finest one's, in the coarse shape.
+        return tuple(grad.as_strided(shape, stride) for shape, stride in ctx.outputs)
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    joined = _Join.apply(*outputs)
+    assert isinstance(joined, Tensor)
+    return joined
+
+
+def _sdpa(inputs: list[Tensor], backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        q, k, v = inputs
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _flex_window(inputs: list[Tensor], window: int) -> Side | str:
+    if not inputs[0].is_cuda:
+        return "no backward pass on this device"
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def visible(batch, head, i, j):
+        return (i >= j) & (i - j < window)
+
+    # Its own builder makes an N × N matrix; the blocks of a window are known without one.
+    block, length = 128, inputs[0].shape[2]
+    rows = torch.arange(-(-length // block), device=inputs[0].device, dtype=torch.int32)
+    first = ((rows * block - window + 1) // block).clamp(min=0)
+    columns = (first[:, None] + rows).clamp(max=len(rows) - 1)
+    mask = BlockMask.from_kv_blocks(
+        (rows - first + 1)[None, None],
+        columns[None, None],
+        BLOCK_SIZE=block,
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+    # Fresh code each time: after eight recompilations it would fall back to a dense path.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    q, k, v = inputs
+    return Side(lambda: compiled(q, k, v, block_mask=mask), inputs)  # pyright: ignore
+
+
+def _flash_attn_window(inputs: list[Tensor], window: int) -> Side | str:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "not installed"
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    def run() -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in inputs)
+        return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+
+    return Side(run, inputs)
+
+
+def _native_sparse(inputs: list[Tensor]) -> Side | str:
+    """All query heads over one key head, as it requires: fewer keys to read than the others."""
+    if importlib.util.find_spec("fla") is None:
+        return "not installed"
+    from fla.ops.nsa import parallel_nsa  # pyright: ignore[reportMissingImports]
+
+    q, k, v = (t.transpose(1, 2) for t in inputs)
+    q, k, v = (t.detach().contiguous().requires_grad_() for t in (q, k[:, :, :1], v[:, :, :1]))
+    gates = [torch.rand(q.shape[:3], device=q.device, dtype=q.dtype) for _ in range(3)]
+    run = partial(parallel_nsa, q, k, v, *gates, block_counts=16, block_size=64, window_size=512)
+    return Side(run, [q, k, v])
+
+
+def too_large(backend: SDPBackend, options: argparse.Namespace, length: int) -> str | None:
+    """Why materialised attention cannot run: it holds about four ``N × N`` matrices in fp32."""
+    device = torch.device(options.device)
+    needed = 16 * max(options.tokens, length) * length * options.heads
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**32
+    if backend != SDPBackend.MATH or needed < free:
+        return None
+    return f"needs about {needed / 2**30:.0f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels behind the signatures of `maha_attn.ops`; imported only where they run."""

@@ -1,0 +1,100 @@
+"""The pyramid and rotary kernels on a GPU: precision, lengths, determinism, large offsets."""
+
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from maha_attn.ops import pyramid
+from maha_attn.ops.rotary import rotary_table, rotate
+from maha_attn.ops.triton.pyramid import downsample
+from maha_attn.ops.triton.rotary import rotate_projection
+
+pytestmark = pytest.mark.gpu
+composed = partial(pyramid.downsample, backend="torch")
+
+
+def run(operation, x, weight, dtype, **options):
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight) if t is not None]
+    y = operation(inputs[0], inputs[1] if weight is not None else None, **options)
+    generator = torch.Generator("cuda").manual_seed(1)
+    grad = torch.randn(y.shape, device="cuda", generator=generator).to(torch.bfloat16)
+    return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+
+def check(length, dtype, *, ratio=2, taps=3, method="conv", width=72, **options):
+    torch.manual_seed(length)
+    x = torch.randn(2, length, width, device="cuda", dtype=dtype)
+    weight = torch.randn(taps, width, device="cuda", dtype=dtype) if method == "conv" else None
+    options |= {"ratio": ratio, "method": method}
+    ours, plain, exact = (
+        run(downsample, x, weight, dtype, **options),
+        run(composed, x, weight, dtype, **options),
+        run(composed, x, weight, torch.float64, **options),
+    )
+    for a, b, truth in zip(ours, plain, exact, strict=True):
+        assert a.dtype == dtype
+        mine, other = ((t.double() - truth).abs().max() for t in (a, b))
+        assert mine <= 2 * other + 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("method", ["conv", "mean"])
+def test_lengths(method, causal, dtype):
+    for length in (2, 7, 127, 128, 129, 1000, 4097, 65537):
+        check(length, dtype, method=method, causal=causal, taps=3 if method == "conv" else 2)
+
+
+@pytest.mark.parametrize(("ratio", "taps"), [(2, 2), (2, 9), (3, 4), (4, 5)])
+def test_ratios_and_taps(ratio, taps):
+    check(1001, torch.bfloat16, ratio=ratio, taps=taps, causal=True, width=1024)
+
+
+def test_repeats_are_bitwise_equal_and_everything_is_written():
+    x = torch.randn(2, 3001, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    options = {"ratio": 2, "method": "conv", "causal": True}
+    first = run(downsample, x, weight, torch.bfloat16, **options)
+    for _ in range(250):
+        again = run(downsample, x, weight, torch.bfloat16, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.use_deterministic_algorithms(True)  # Fills fresh memory with NaN.
+    try:
+        again = run(downsample, x, weight, torch.bfloat16, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_offsets_past_two_to_the_31():
+    x = torch.randn(1, 2**21 + 300, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    options = {"ratio": 2, "method": "conv", "causal": True}
+    whole, tail = (downsample(t, weight, **options) for t in (x, x[:, -400:]))
+    assert torch.equal(whole[:, -199:], tail[:, 1:])
+    packed = x.view(1, -1, 2, 8, 64)
+    table = rotary_table(torch.arange(packed.shape[1], device="cuda"), 64)
+    whole, tail = rotate_projection(packed, table), rotate_projection(packed[:, -9:], table[-9:])
+    for a, b in zip(whole, tail, strict=True):
+        assert torch.equal(a[:, :, -9:], b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [40, 64, 96])
+def test_rotation(width, dtype):
+    x = torch.randn(2, 1000, 2, 5, width, device="cuda", dtype=dtype, requires_grad=True)
+    table = rotary_table(torch.arange(1000, device="cuda"), width)
+    ours = rotate_projection(x, table)
+    theirs = [rotate(t, table, "torch").transpose(1, 2) for t in x.unbind(2)]
+    grad = [torch.randn_like(t) for t in theirs]
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    a, b = (torch.autograd.grad(t, x, grad)[0] for t in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
