@@ -59,7 +59,7 @@ Prints a table and writes a result file with everything needed to repeat it.
 
   maha bench ops        attention and fusion from Q, K, V, against full and windowed attention
   maha bench layer      the whole layer, from tokens to tokens
-  maha bench qp         the fusion solver: `speed`, or the `certificates` of a million problems a set
+  maha bench qp         the fusion solver: `speed`, or `certificates` of a million problems a set
 
 examples:
   maha bench layer --device cpu --width 256 --heads 4 --tokens 1 --lengths 4096,16384

@@ -166,7 +166,8 @@ def speed(num_problems: int, seed: int, repeats: int, device: str) -> list[dict[
         base = statistics.median(times["linalg.solve"])
         for name, ms in times.items():
             median = statistics.median(ms)
-            row = {"num_scales": num_scales, "num_problems": num_problems, "run": name}
+            row = {"threads": torch.get_num_threads(), "num_scales": num_scales}
+            row |= {"num_problems": num_problems, "run": name}
             row |= {"median_ms": round(median, 3), "min_ms": round(min(ms), 3)}
             row |= {"max_ms": round(max(ms), 3), "over_linalg_solve": round(median / base, 2)}
             rows.append(row)
@@ -205,14 +206,14 @@ def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": getattr(arguments, "threads", [torch.get_num_threads()]),
         "seed": arguments.seed,
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, run, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m maha_attn.bench.qp")
+    parser = argparse.ArgumentParser(description=__doc__, prog="maha bench qp")
     commands = parser.add_subparsers(dest="what", required=True)
     for name, num_problems in (("certificates", 1_000_000), ("speed", 49_152)):
         command = commands.add_parser(name)
@@ -221,14 +222,19 @@ def main() -> None:
         command.add_argument("--output", type=Path, help="JSON file; default: standard output")
     commands.choices["speed"].add_argument("--repeats", type=int, default=11)
     commands.choices["speed"].add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    if arguments.what == "certificates":
-        rows = certificates(arguments.num_problems, arguments.seed)
+    threads = torch.get_num_threads()
+    commands.choices["speed"].add_argument("--threads", type=int, nargs="+", default=[threads])
+    options = parser.parse_args(arguments)
+    if options.what == "certificates":
+        rows = certificates(options.num_problems, options.seed)
     else:
-        rows = speed(arguments.num_problems, arguments.seed, arguments.repeats, arguments.device)
-    text = json.dumps({**_environment(arguments), "results": rows}, indent=1, ensure_ascii=False)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+        rows = []
+        for num_threads in options.threads:
+            torch.set_num_threads(num_threads)
+            rows += speed(options.num_problems, options.seed, options.repeats, options.device)
+    text = json.dumps({**_environment(options), "results": rows}, indent=1, ensure_ascii=False)
+    if options.output:
+        options.output.write_text(text + "\n")
     else:
         print(text)
 

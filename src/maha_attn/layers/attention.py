@@ -99,11 +99,11 @@ class MultiscaleAttention(nn.Module):
             order = torch.sort(~padding_mask, dim=1, stable=True).indices
             x = _take(torch.where(padding_mask[..., None], x, 0), order)
         if cache is None:
-            output, info = self._full(x, lengths)
+            output, info = self._full(x, lengths, certified=return_info)
         else:
             counts = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
             if cache.is_empty:
-                output, info = self._full(x, lengths, cache, counts)
+                output, info = self._full(x, lengths, cache, counts, certified=return_info)
             else:
                 output, info = decoding.extend(self, cache, x, counts)
             cache.seen += x.shape[1]
@@ -123,11 +123,28 @@ class MultiscaleAttention(nn.Module):
         lengths: Tensor | None,
         cache: AttentionCache | None = None,
         counts: list[int] | None = None,
+        *,
+        certified: bool,
     ) -> tuple[Tensor, Fused | None]:
         """The whole sequence at once; real tokens stand at the front of their rows."""
+        base = self.v_proj(x)
+        outputs = self._scale_outputs(x, base, lengths, cache, counts)
+        if self.fusion is None:
+            return outputs[0].transpose(1, 2).flatten(2), None
+        fused = self.fusion(outputs, x, self.split(base).transpose(1, 2), lengths, certified)
+        return fused.output.transpose(1, 2).flatten(2), fused
+
+    def _scale_outputs(
+        self,
+        x: Tensor,
+        base: Tensor,
+        lengths: Tensor | None,
+        cache: AttentionCache | None,
+        counts: list[int] | None,
+    ) -> list[Tensor]:
+        """Every scale's attention, ``[B, H, N_s, K]``; fills ``cache`` where there is one."""
         spec = self.spec
         scales = self.pyramid.scales(x, lengths)
-        base = self.v_proj(x)
         values = self.pyramid.scales(
             base if lengths is None else zero_beyond(base, lengths), lengths
         )
@@ -152,9 +169,7 @@ class MultiscaleAttention(nn.Module):
                     window=span,
                     causal=spec.causal,
                     stride=spec.strides[s] if fine else 1,
-                    lengths=None
-                    if spec.causal or lengths is None
-                    else self.pyramid.lengths(lengths, s),
+                    lengths=self.pyramid.key_lengths(lengths, s),
                     backend=spec.backend,
                 )
             )
@@ -163,10 +178,7 @@ class MultiscaleAttention(nn.Module):
             decoding.fill(
                 cache, counts, scales=scales, values=values, gated=gated, keys=keys, outputs=outputs
             )
-        if self.fusion is None:
-            return outputs[0].transpose(1, 2).flatten(2), None
-        fused = self.fusion(outputs, x, self.split(base).transpose(1, 2), lengths)
-        return fused.output.transpose(1, 2).flatten(2), fused
+        return outputs
 
     def project_qk(self, s: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of scale ``s`` out of features ``[B, N, D]``, not yet rotated.

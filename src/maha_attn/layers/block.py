@@ -67,13 +67,16 @@ class MahaBlock(nn.Module):
         return_info: bool = False,
     ) -> Tensor | tuple[Tensor, FusionInfo]:
         """As `MultiscaleAttention.forward`; a padding token passes the feed-forward alone."""
-        attended, info = self.attention(
+        info = None
+        attended = self.attention(
             self.attention_norm(x) if self.pre_norm else x,
             padding_mask,
             cache=cache,
-            return_info=True,
+            return_info=return_info,
         )
+        if isinstance(attended, tuple):
+            attended, info = attended
         x = x + attended if self.pre_norm else self.attention_norm(x + attended)
         fed = self.feed_forward(self.feed_forward_norm(x) if self.pre_norm else x)
         x = x + fed if self.pre_norm else self.feed_forward_norm(x + fed)
-        return (x, info) if return_info else x
+        return x if info is None else (x, info)

@@ -45,6 +45,7 @@ class ScaleFusion(nn.Module):
         x: Tensor,
         values: Tensor,
         lengths: Tensor | None = None,
+        certified: bool = False,
     ) -> Fused:
         """Fuse the outputs of the scales that the input has.
 
@@ -53,6 +54,7 @@ class ScaleFusion(nn.Module):
             x: The layer's input, ``[B, N, D]``.
             values: The tokens' base values ``V_0``, ``[B, H, N, K]``.
             lengths: Real tokens of each row, ``[B]``.
+            certified: Return the solver's certificate.
         """
         return fuse(
             outputs,
@@ -61,6 +63,7 @@ class ScaleFusion(nn.Module):
             causal=self.spec.causal,
             lengths=lengths,
             per_sequence=self.spec.granularity == "sequence",
+            certified=certified,
             backend=self.spec.backend,
             **self._problem(x, values, outputs[0], len(outputs)),
         )

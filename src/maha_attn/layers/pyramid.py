@@ -117,6 +117,10 @@ class ScalePyramid(nn.Module):
         stride = self.spec.strides[scale]
         return lengths // stride if self.spec.causal else -(-lengths // stride)
 
+    def key_lengths(self, lengths: Tensor | None, scale: int) -> Tensor | None:
+        """`lengths` where keys must be masked: causal padding lies in the future of every token."""
+        return None if lengths is None or self.spec.causal else self.lengths(lengths, scale)
+
 
 def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
     """Zero the tokens of ``x`` ``[B, N, D]`` beyond each row's length."""

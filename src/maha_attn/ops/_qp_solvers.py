@@ -319,12 +319,3 @@ def magnitude(M: Tensor, q: Tensor) -> Tensor:
     """The size of a problem's numbers, ``max M_ss + max |q_s|`` over its available scales."""
     size_q = q.abs()
     return M.diagonal().T.amax(0) + size_q.mul_(size_q.lt(FAR)).amax(0)
-
-
-def relative_pivot(M: Tensor) -> Tensor:
-    """The least pivot over its diagonal entry: positive where ``M`` is positive definite."""
-    T, S = M.clone(), M.shape[0]
-    for j in range(S - 1):
-        factors = (T[j, j + 1 :] / T[j, j])[:, None]
-        T[j + 1 :, j + 1 :].addcmul_(factors, T[j, None, j + 1 :], value=-1)
-    return (T.diagonal().T / M.diagonal().T.abs()).nan_to_num_(0.0).amin(0)

@@ -48,6 +48,7 @@ def fuse(
     constraint: str = "simplex",
     lengths: Tensor | None = None,
     per_sequence: bool = False,
+    certified: bool = True,
     backend: str = "auto",
 ) -> Fused:
     """Upsample every scale's output, choose its weights, combine.
@@ -72,6 +73,7 @@ def fuse(
         lengths: ``[B]`` real tokens of each row; used by ``per_sequence`` alone.
         per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
             per row and head.
+        certified: Return ``residual`` and ``status``; without, the kernel saves their time.
         backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
             and weights per token.
 
@@ -93,7 +95,9 @@ def fuse(
     if power_of_2 and not per_sequence and use_triton(backend, *outputs, width=first.shape[-1]):
         from maha_attn.ops.triton import fusion as kernels
 
-        return kernels.fuse(outputs, strides=strides, causal=causal, fine=fine, **options)
+        return kernels.fuse(
+            outputs, strides=strides, causal=causal, fine=fine, certified=certified, **options
+        )
     available = availability(tuple(strides), first.shape[2], causal=causal, device=first.device)
     with _full_precision(first):
         if fine or len(outputs) == 1:

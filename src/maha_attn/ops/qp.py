@@ -7,6 +7,7 @@ in `maha_attn.ops._qp_solvers`:
 - a short active-set (``τ = 0``) or Newton (``τ > 0``) iteration over all problems at once; those
   that are done drop out;
 - fp64 inside, whatever the inputs: the certificate holds at any conditioning met in practice;
+- before that, for fp32 problems, a few steps in fp32: nearly all then pass their certificate;
 - the derivative by one more solve with the final active set, never through the iteration;
 - opaque operators around the data-dependent loops, so that ``torch.compile`` keeps one graph.
 """
@@ -17,16 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maha_attn.ops._qp_certificate import certificate, relative_pivot
 from maha_attn.ops._qp_quick import quick_active_set, quick_newton
 from maha_attn.ops._qp_solvers import (
     FAR,
     active_set,
     magnitude,
-    matvec,
     newton,
     projected_solve,
-    relative_pivot,
-    soft_choice,
 )
 
 MAX_SCALES = 8
@@ -105,7 +104,8 @@ def solve_qp(
         ValueError: Shapes that do not fit, ``S`` out of range, an unknown constraint, a temperature
             that is negative or set for the box, tensors on several devices.
 
-    Numerics: fp64 inside. The gradient in M and q is exact, through the final active set
+    Numerics: fp64 inside; for fp32 problems, early steps in fp32, refined and certified in fp64.
+    The gradient in M and q is exact, through the final active set
     (``τ = 0``; at a kink, one of the one-sided derivatives) or the implicit function theorem
     (``τ > 0``): always finite, 0 where the status is ``NONFINITE``, and to be taken once.
     Temperature gets none.
@@ -322,7 +322,7 @@ def _attempt(
     else:
         w, sure = quick_active_set(M, q, constraint)
     weights = w.float()
-    residual, gap = _certificate(M, q, weights.double(), constraint, temperature)
+    residual, gap = certificate(M, q, weights.double(), constraint, temperature)
     size_q = q.abs()
     limit = size_q.mul_(size_q < FAR).amax(0).add_(1).mul_(0.5 * _LIMIT[torch.float32])
     late = sure.logical_and_(residual <= limit).logical_not_().nonzero()[:, 0]
@@ -343,7 +343,7 @@ def _iterate_to_the_end(
     equal = available[:, failed].to(w.dtype)
     w[:, failed] = equal / equal.sum(0)
     weights = w.to(dtype)
-    residual, gap = _certificate(M, q, weights.to(q.dtype), constraint, temperature)
+    residual, gap = certificate(M, q, weights.to(q.dtype), constraint, temperature)
     limit = (magnitude(M, q) + 1).mul_(_LIMIT[dtype])
     status = (residual <= limit).logical_not_().to(torch.int8)
     pivot_limit = q.shape[0] * torch.finfo(dtype).eps
@@ -368,28 +368,3 @@ def _mend(M: Tensor, q: Tensor, available: Tensor) -> tuple[Tensor, Tensor, Tens
     q_odd.masked_fill_(~finite, 0.0).masked_fill_(~on & some & finite, -FAR)
     M[..., odd], q[:, odd] = M_odd, q_odd
     return odd, odd[~some], odd[~finite]
-
-
-def _certificate(
-    M: Tensor, q: Tensor, w: Tensor, constraint: str, tau: float
-) -> tuple[Tensor, Tensor]:
-    """Residual and gap as defined in `solve_qp`."""
-    g = matvec(M, w).sub_(q)
-    if constraint == "box":
-        residual = (w - g).clamp_(0, 1).sub_(w).abs_().amax(0)
-        return residual, (w * g).sub_(g.clamp_(max=0)).sum(0)
-    if tau:
-        p, conjugate, *_ = soft_choice(-g, constraint, tau)
-        off = (w - p).abs_().mul_((tau / torch.minimum(w, p)).clamp_(max=1))
-        log_w = w.clamp(min=torch.finfo(w.dtype).tiny).log_()
-        return off.amax(0), log_w.mul_(tau).add_(g).mul_(w).sum(0).add_(conjugate)
-    total = w.sum(0)
-    product = (w * g).sum(0)
-    nu = product / total.clamp(min=torch.finfo(w.dtype).tiny)
-    lowest = g.amin(0)
-    off = total - 1
-    if constraint == "capped":
-        nu.clamp_(max=0)
-        lowest.clamp_(max=0)
-        off = torch.minimum(-nu, -off)
-    return torch.maximum(torch.minimum(w, g - nu).abs_().amax(0), off.abs_()), product - lowest

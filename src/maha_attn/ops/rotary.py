@@ -37,10 +37,8 @@ def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
 
         return rotate_projection(x[:, :, None], table)[0].transpose(1, 2)
     cos, sin = table[..., None, :, :].unbind(-2)
-    (first, second), half = x.chunk(2, -1), x.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., half:]
-    turned = (
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    )
-    return torch.cat(turned, -1).to(x.dtype)
+    half = x.shape[-1] // 2
+    y = x * cos  # In place from here on: no further tensor of this size.
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y.to(x.dtype)

@@ -1,0 +1,149 @@
+"""The fusion kernels on the GPU: precision, lengths, determinism, coverage, causality."""
+
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from maha_attn.ops.fusion import fuse
+from maha_attn.ops.pyramid import coarse_length
+from maha_attn.ops.triton import fusion as kernels
+
+pytestmark = pytest.mark.gpu
+composed = partial(fuse, backend="torch")
+LENGTHS = [1, 2, 7, 127, 128, 129, 1000, 4097, 65537]
+PROBLEMS = {
+    "mean": {"method": "mean"},
+    "gate": {"method": "gate"},
+    "soft": {"method": "convex"},
+    "hard": {"method": "convex", "temperature": 0.0},
+    "capped": {"method": "convex", "constraint": "capped", "sparsity": 1.0},
+    "nash": {"method": "nash"},
+}
+
+
+def make(length, problem, *, dtype=torch.bfloat16, batch=2, heads=8, width=64, scales=4):
+    torch.manual_seed(length)
+    counts = [length]
+    while len(counts) < scales and (count := coarse_length(counts[-1], 2, causal=True)):
+        counts.append(count)
+    scales = len(counts)
+
+    def draw(length, channels, dtype):
+        drawn = torch.randn(batch, length, heads, channels, device="cuda", dtype=dtype)
+        return drawn.transpose(1, 2)
+
+    options = {"strides": [2**s for s in range(scales)], "causal": True, **PROBLEMS[problem]}
+    if options["method"] != "mean":
+        options["logits"] = draw(length, scales, torch.float32)
+    if options["method"] == "convex":
+        options["target"] = draw(length, width, dtype)
+        options["gram_scale"] = torch.rand(heads, device="cuda") + 0.5
+    return [draw(count, width, dtype) for count in counts], options
+
+
+def run(fuse, outputs, options, dtype=None):
+    """Output, weights and all gradients."""
+    cast = (lambda t: t.detach().to(dtype)) if dtype else (lambda t: t.detach())
+    outputs = [cast(u).requires_grad_() for u in outputs]
+    tensors = {k: cast(v).requires_grad_() for k, v in options.items() if torch.is_tensor(v)}
+    fused = fuse(outputs, **{**options, **tensors})
+    torch.manual_seed(0)
+    loss = (fused.output * torch.randn(fused.output.shape, device="cuda").to(fused.output)).sum()
+    inputs = [*outputs, *tensors.values()]
+    return [fused.output, fused.weights, *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+
+
+def error(a, truth):
+    return (a.double() - truth).norm() / truth.norm().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_at_most_twice_the_error_of_low_precision(problem, length):
+    outputs, options = make(length, problem)
+    truth = run(composed, outputs, options, torch.float64)
+    plain = run(composed, outputs, options)
+    ours = run(kernels.fuse, outputs, options)
+    for i, (a, b, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert error(a, exact) <= (3 if i > 1 else 2) * error(b, exact) + 2e-6, i
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [8, 32, 96, 128, 256])
+def test_dtypes_and_widths(width, dtype):
+    outputs, options = make(333, "soft", dtype=dtype, width=width, heads=6)
+    truth = run(composed, outputs, options, torch.float64)
+    ours = run(kernels.fuse, outputs, options)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    for a, exact in zip(ours, truth, strict=True):
+        assert error(a, exact) <= tolerance
+
+
+@pytest.mark.parametrize("scales", [1, 2, 6, 8])
+def test_numbers_of_scales(scales):
+    for problem in ("soft", "hard", "nash"):
+        outputs, options = make(600, problem, scales=scales, dtype=torch.float32)
+        truth = run(composed, outputs, options, torch.float64)
+        for a, exact in zip(run(kernels.fuse, outputs, options), truth, strict=True):
+            assert error(a, exact) <= 1e-4
+
+
+@pytest.mark.parametrize("problem", ["soft", "nash"])
+def test_repeats_bit_for_bit(problem):
+    outputs, options = make(1000, problem)
+    first = run(kernels.fuse, outputs, options)
+    for _ in range(250):
+        for a, b in zip(run(kernels.fuse, outputs, options), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", [1, 7, 129, 1000])
+def test_every_element_is_written(length):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # Fills new memory with NaN.
+    try:
+        for problem in PROBLEMS:
+            outputs, options = make(length, problem)
+            for t in run(kernels.fuse, outputs, options):
+                assert t.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("problem", ["soft", "hard", "nash"])
+def test_later_tokens_change_nothing(problem):
+    outputs, options = make(70, problem)
+    before = kernels.fuse(outputs, **options)
+    for seen in range(1, 70):
+        later = [u.clone() for u in outputs]
+        for u, stride in zip(later, options["strides"], strict=True):
+            u[:, :, seen // stride :] = torch.nan
+        after = kernels.fuse(later, **options)
+        for a, b in zip(before[:2], after[:2], strict=True):
+            assert torch.equal(a[:, :, :seen], b[:, :, :seen])
+
+
+def test_a_million_problems_are_solved():
+    for problem in ("soft", "hard", "nash"):
+        outputs, options = make(65536, problem, dtype=torch.float32)
+        outputs[1][:, :, ::3] = outputs[2].repeat_interleave(2, 2)[:, :, ::3]  # ties
+        fused = kernels.fuse(outputs, **options)
+        assert not fused.status.any()
+        size = 1 + max(u.square().sum(-1).amax() / 8 for u in outputs)
+        assert fused.residual.amax() <= 1e-6 * size
+
+
+def test_offsets_past_two_to_the_31():
+    length = 2**21 + 8  # times 1024 channels
+    outputs, options = make(length, "nash", batch=1, heads=16, scales=2)
+    whole = kernels.fuse(outputs, **options)
+    start = length - 64
+    tail = [u[:, :, start // stride :] for u, stride in zip(outputs, (1, 2), strict=True)]
+    part = kernels.fuse(tail, **options)
+    for a, b in zip(whole[:2], part[:2], strict=True):
+        assert torch.equal(a[:, :, start + 1 :], b[:, :, 1:])
