@@ -69,11 +69,14 @@ def quick_active_set(M: Tensor, q: Tensor, constraint: str) -> Attempt:
     return Attempt(w if box else _normalised(w, constraint), definite)
 
 
-def quick_newton(M: Tensor, q: Tensor, constraint: str, temperature: float) -> Attempt:
+def quick_newton(
+    M: Tensor, q: Tensor, constraint: str, temperature: float, *, definite: bool
+) -> Attempt:
     """Minimise ``½wᵀMw - qᵀw + τ Σ w log w``: the plain steps of `newton`, of a fixed number.
 
     The last takes its residual in fp64 and has ``w∘y``, ``(M diag(w) + τ) y = M(v - w) - θ``, to
-    add to ``w``, which vanishes at the solution: fp32 is enough for it.
+    add to ``w``, which vanishes at the solution: fp32 is enough for it. Where M is known to be
+    ``definite``, its pivots are not looked at.
     """
     tau = temperature
     M_low, q_low = M.float(), q.clamp(min=_UNWANTED).float()
@@ -93,9 +96,9 @@ def quick_newton(M: Tensor, q: Tensor, constraint: str, temperature: float) -> A
     threshold = choice.margin.clamp_(max=_SETTLED)
     settled = (change.abs() - w * threshold).amax(0).le(0)
     w = w.add_(change).clamp_(min=0)
-    return Attempt(
-        _normalised(w, constraint), settled & _is_definite(relative_pivot(M_low), q.shape[0])
-    )
+    if not definite:
+        settled &= _is_definite(relative_pivot(M_low), q.shape[0])
+    return Attempt(_normalised(w, constraint), settled)
 
 
 def _normalised(w: Tensor, constraint: str) -> Tensor:

@@ -73,7 +73,7 @@ def fuse(
         lengths: ``[B]`` real tokens of each row; used by ``per_sequence`` alone.
         per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
             per row and head.
-        certified: Return ``residual`` and ``status``; without, the kernel saves their time.
+        certified: Return ``residual`` and ``status``; without, their time is saved.
         backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
             and weights per token.
 
@@ -105,7 +105,7 @@ def fuse(
         else:
             scales = _Runs(outputs, strides, causal=causal)
         shares = _token_shares(lengths, first) if per_sequence else None
-        fused = _fuse(scales, available, shares=shares, **options)
+        fused = _fuse(scales, available, shares=shares, certified=certified, **options)
     return fused._replace(output=fused.output.to(first.dtype))
 
 
@@ -177,12 +177,27 @@ class _Runs:
         if target is not None:
             rows = torch.cat((rows, self.runs(target.to(self.dtype))), 3)
         # Against the coarse scales in one product, the finest against the finest row by row.
-        others = (rows @ self.coarse.mT).split(self.ratio, 3)
-        own = [(part * self.fine).sum(-1, keepdim=True) for part in rows.split(self.ratio, 3)]
-        first, *against = (torch.cat(pair, -1) for pair in zip(own, others, strict=True))
-        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(*others[0].shape, -1)
-        gram = torch.cat((first[..., None, :], torch.cat((others[0][..., None], coarse), -1)), -2)
-        return self.tokens(gram), self.tokens(against[0]) if against else None
+        first, *against = (
+            torch.cat(((part * self.fine).sum(-1, keepdim=True), others), -1).movedim(-1, 0)
+            for part, others in zip(
+                rows.split(self.ratio, 3),
+                (rows @ self.coarse.mT).split(self.ratio, 3),
+                strict=True,
+            )
+        )
+        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(
+            -1, -1, -1, self.ratio, -1, -1
+        )
+        # Entry by entry: the solver wants the problems contiguous, one matrix entry after another.
+        entries = [
+            self.tokens(first[max(i, j)] if min(i, j) == 0 else coarse[..., i - 1, j - 1])
+            for i in range(len(first))
+            for j in range(len(first))
+        ]
+        gram = torch.stack(entries).unflatten(0, (len(first), -1)).permute(2, 3, 4, 0, 1)
+        if not against:
+            return gram, None
+        return gram, torch.stack([self.tokens(entry) for entry in against[0]]).permute(1, 2, 3, 0)
 
     def combine(self, weights: Tensor) -> Tensor:
         """As `_Stacked.combine`."""
@@ -206,6 +221,7 @@ def _fuse(
     temperature: float,
     constraint: str,
     shares: Tensor | None = None,
+    certified: bool = True,
 ) -> Fused:
     """`fuse` of any representation; ``shares`` ``[B, 1, N, 1]`` average over each row's tokens."""
     residual = status = None
@@ -227,13 +243,17 @@ def _fuse(
         matrix = matrix + ridge * torch.eye(
             matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
         )
-        weights, residual, _, status = solve_qp(
+        solution = solve_qp(
             _mean(matrix, None if shares is None else shares[..., None]),
             _mean(linear.expand(scales.shape), shares),
             constraint="box" if method == "nash" else constraint,
             temperature=0.0 if method == "nash" else temperature,
             available=available,
+            certified=certified,
         )
+        weights = solution.weights
+        if certified:
+            residual, status = solution.residual, solution.status
     else:
         if logits is None:
             logits = torch.zeros(1, 1, 1, 1, dtype=scales.dtype, device=available.device)

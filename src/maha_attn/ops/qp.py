@@ -65,6 +65,7 @@ def solve_qp(
     constraint: str = "simplex",
     temperature: float = 0.0,
     available: Tensor | None = None,
+    certified: bool = True,
 ) -> QPSolution:
     r"""Minimise ``f(w) = ½wᵀMw - qᵀw + τ Σ w log w`` over a simplex, capped simplex or box.
 
@@ -81,6 +82,8 @@ def solve_qp(
         available: bool, broadcastable to ``[..., S]``. The weight of a scale that is not available
             is exactly 0; its entries of M and q are ignored, whatever they hold, and get gradient
             0. Where no scale is, all weights are 0 and the problem counts as solved.
+        certified: Where not, residual and gap may be NaN, M is taken to be positive definite, and
+            what Newton's own criterion accepts (``τ > 0``, fp32) is accepted: it saves a third.
 
     Returns:
         The solution, in the common dtype of M and q but at least fp32. With ``g = Mw - q``:
@@ -123,7 +126,7 @@ def solve_qp(
     q = q.to(dtype).expand(*batch, S)
     if available is not None:
         available = available.expand(*batch, S)
-    return QPSolution(*_solve_op(M, q, available, constraint, float(temperature)))
+    return QPSolution(*_solve_op(M, q, available, constraint, float(temperature), certified))
 
 
 def nash_conv(G: Tensor, w: Tensor, ridge: float, sparsity: float = 0.0) -> Tensor:
@@ -205,7 +208,12 @@ def _check_options(constraint: str, temperature: float) -> None:
 
 @torch.library.custom_op("maha_attn::qp_solve", mutates_args=())
 def _solve_op(
-    M: Tensor, q: Tensor, available: Tensor | None, constraint: str, temperature: float
+    M: Tensor,
+    q: Tensor,
+    available: Tensor | None,
+    constraint: str,
+    temperature: float,
+    certified: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, S = q.shape[:-1], q.shape[-1]
     P = batch.numel()
@@ -214,14 +222,14 @@ def _solve_op(
     out = (q.new_empty(P, S), q.new_empty(P), q.new_empty(P), q.new_empty(P, dtype=torch.int8))
     for part in _chunks(q):
         mask = None if available is None else available[part].T
-        solved = _solve_chunk(M[part], q[part], mask, constraint, temperature)
+        solved = _solve_chunk(M[part], q[part], mask, constraint, temperature, certified)
         for whole, piece in zip(out, solved, strict=True):
             whole[part] = piece
     return out[0].view(*batch, S), out[1].view(batch), out[2].view(batch), out[3].view(batch)
 
 
 @_solve_op.register_fake
-def _(M, q, available, constraint, temperature):
+def _(M, q, available, constraint, temperature, certified=True):
     batch = q.shape[:-1]
     status = q.new_empty(batch, dtype=torch.int8)
     return q.new_empty(q.shape), q.new_empty(batch), q.new_empty(batch), status
@@ -259,7 +267,7 @@ def _(M, weights, grad, constraint, temperature):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    M, _, _, ctx.constraint, ctx.temperature = inputs
+    M, _, _, ctx.constraint, ctx.temperature, _ = inputs
     ctx.save_for_backward(M, output[0])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -267,7 +275,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, *_):
     M, weights = ctx.saved_tensors
     grad_M, grad_q = _adjoint_op(M, weights, grad, ctx.constraint, ctx.temperature)
-    return grad_M, grad_q, None, None, None
+    return grad_M, grad_q, None, None, None, None
 
 
 _solve_op.register_autograd(_backward, setup_context=_setup_context)
@@ -286,7 +294,12 @@ def _to_arrays(x: Tensor) -> Tensor:
 
 
 def _solve_chunk(
-    M_pss: Tensor, q_ps: Tensor, available: Tensor | None, constraint: str, temperature: float
+    M_pss: Tensor,
+    q_ps: Tensor,
+    available: Tensor | None,
+    constraint: str,
+    temperature: float,
+    certified: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = q_ps.dtype
     M, q = _to_arrays(M_pss), _to_arrays(q_ps)
@@ -295,7 +308,7 @@ def _solve_chunk(
     odd, empty, nonfinite = _mend(M, q, available)
 
     if dtype == torch.float32:
-        *solved, late = _attempt(M, q, constraint, temperature)
+        *solved, late = _attempt(M, q, constraint, temperature, certified)
         if late.numel():
             some = M.index_select(-1, late), q.index_select(-1, late)
             mended = _iterate_to_the_end(*some, available[:, late], dtype, constraint, temperature)
@@ -314,14 +327,18 @@ def _solve_chunk(
 
 
 def _attempt(
-    M: Tensor, q: Tensor, constraint: str, temperature: float
+    M: Tensor, q: Tensor, constraint: str, temperature: float, certified: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Solution in fp32 as if all were solved, and the indices of those that may not be."""
     if temperature:
-        w, sure = quick_newton(M, q, constraint, temperature)
+        w, sure = quick_newton(M, q, constraint, temperature, definite=not certified)
     else:
         w, sure = quick_active_set(M, q, constraint)
     weights = w.float()
+    if temperature and not certified:
+        unknown = torch.full_like(weights[0], torch.nan)
+        status = torch.zeros_like(weights[0], dtype=torch.int8)
+        return weights, unknown, unknown.clone(), status, sure.logical_not().nonzero()[:, 0]
     residual, gap = certificate(M, q, weights.double(), constraint, temperature)
     size_q = q.abs()
     limit = size_q.mul_(size_q < FAR).amax(0).add_(1).mul_(0.5 * _LIMIT[torch.float32])
