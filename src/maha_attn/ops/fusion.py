@@ -144,8 +144,8 @@ class _Runs:
 
     Causal, token ``t`` takes block ``⌊(t+1)/r^s⌋ - 1``. With one token put before the sequence, and
     one zero block before every scale's, run ``g`` is the tokens ``rg … rg+r-1`` and takes block
-    ``⌊g/r^(s-1)⌋`` of scale ``s``. Hence ``r`` rows of the finest scale, ``[B, H, G, r, K]``, stand
-    against one set of the others, ``[B, H, G, S-1, K]``.
+    ``⌊g/r^(s-1)⌋`` of scale ``s``. Hence ``r`` rows of the finest scale and one of each other:
+    ``[B, H, G, r + S - 1, K]``.
     """
 
     def __init__(self, outputs: Sequence[Tensor], strides: Sequence[int], *, causal: bool) -> None:
@@ -153,14 +153,13 @@ class _Runs:
         self.shape = (batch, heads, self.length, len(outputs))
         self.before, self.ratio = int(causal), strides[1]
         self.num_runs = -(-(self.length + self.before) // self.ratio)
-        self.fine = self.runs(_at_least_fp32(outputs[0]))
-        self.dtype = self.fine.dtype
-        coarse = []
+        parts = [self.runs(_at_least_fp32(outputs[0]))]
         for u, stride in zip(outputs[1:], strides[1:], strict=True):
             blocks = F.pad(_at_least_fp32(u), (0, 0, self.before, 0))
             blocks = blocks.repeat_interleave(stride // self.ratio, 2)
-            coarse.append(blocks[:, :, : self.num_runs])
-        self.coarse = torch.stack(coarse, 3)
+            parts.append(blocks[:, :, : self.num_runs, None])
+        self.u = torch.cat(parts, 3)
+        self.dtype = self.u.dtype
 
     def runs(self, x: Tensor) -> Tensor:
         """``[B, H, N, C]`` to ``[B, H, G, r, C]``."""
@@ -173,38 +172,34 @@ class _Runs:
 
     def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As `_Stacked.products`."""
-        rows = self.fine
-        if target is not None:
-            rows = torch.cat((rows, self.runs(target.to(self.dtype))), 3)
-        # Against the coarse scales in one product, the finest against the finest row by row.
-        first, *against = (
-            torch.cat(((part * self.fine).sum(-1, keepdim=True), others), -1).movedim(-1, 0)
-            for part, others in zip(
-                rows.split(self.ratio, 3),
-                (rows @ self.coarse.mT).split(self.ratio, 3),
-                strict=True,
-            )
-        )
-        coarse = (self.coarse @ self.coarse.mT)[:, :, :, None].expand(
-            -1, -1, -1, self.ratio, -1, -1
-        )
+        num_scales, last = self.shape[-1], self.ratio - 1
         # Entry by entry: the solver wants the problems contiguous, one matrix entry after another.
-        entries = [
-            self.tokens(first[max(i, j)] if min(i, j) == 0 else coarse[..., i - 1, j - 1])
-            for i in range(len(first))
-            for j in range(len(first))
-        ]
-        gram = torch.stack(entries).unflatten(0, (len(first), -1)).permute(2, 3, 4, 0, 1)
-        if not against:
+        pairs = self.u @ self.u.mT
+        own = pairs.diagonal(dim1=-2, dim2=-1)[..., : self.ratio]
+        entries = []
+        for i in range(num_scales):
+            for j in range(num_scales):
+                if i == j == 0:
+                    entry = own
+                elif i == 0 or j == 0:
+                    entry = pairs[..., : self.ratio, last + i + j]
+                else:
+                    entry = pairs[..., last + i, None, last + j].expand(own.shape)
+                entries.append(self.tokens(entry))
+        gram = torch.stack(entries).unflatten(0, (num_scales, -1)).permute(2, 3, 4, 0, 1)
+        if target is None:
             return gram, None
-        return gram, torch.stack([self.tokens(entry) for entry in against[0]]).permute(1, 2, 3, 0)
+        pairs = self.runs(target.to(self.dtype)) @ self.u.mT
+        against = [pairs.diagonal(dim1=-2, dim2=-1), *pairs[..., self.ratio :].unbind(-1)]
+        against = torch.stack([self.tokens(entry) for entry in against]).permute(1, 2, 3, 0)
+        return gram, against
 
     def combine(self, weights: Tensor) -> Tensor:
         """As `_Stacked.combine`."""
-        first, *others = self.runs(weights.to(self.fine.dtype)).split(1, -1)
-        fused = first * self.fine
-        for s, weight in enumerate(others):
-            fused.addcmul_(weight, self.coarse[:, :, :, None, s])
+        first, *others = self.runs(weights.to(self.dtype)).split(1, -1)
+        fused = first * self.u[..., : self.ratio, :]
+        for s, weight in enumerate(others, self.ratio):
+            fused.addcmul_(weight, self.u[..., s, None, :])
         return self.tokens(fused)
 
 
