@@ -78,6 +78,14 @@ def downsample(
     taps = ratio if weight is None else weight.shape[0 if method == "conv" else 2]
     if coarse == 0:
         return x[:, :0]
+    if method == "conv":
+        assert weight is not None
+        y = _strided_convolution(x, weight, ratio, coarse)
+        return (
+            y
+            if causal or lengths is None
+            else y.masked_fill(_beyond(coarse, -(-lengths // ratio), y), 0)
+        )
     missing = max(coarse * ratio - length, 0)
     partial = weight is None and (missing > 0 or (lengths is not None and not causal))
     if partial and method == "max":
@@ -98,6 +106,19 @@ def downsample(
             return y * (ratio / real.clamp(min=1).to(y.dtype))
         return y.masked_fill(real == 0, 0)
     return y if lengths is None else y.masked_fill(_beyond(coarse, -(-lengths // ratio), y), 0)
+
+
+def _strided_convolution(x: Tensor, weight: Tensor, ratio: int, coarse: int) -> Tensor:
+    """``y_j = Σ_i w_i ⊙ x_{rj + r - k + i}``, tap by tap in place, without a padded copy of x."""
+    before = weight.shape[0] - ratio
+    y = x[:, ::ratio][:, :coarse] * weight[before]
+    for i, tap in enumerate(weight):
+        if i == before:
+            continue
+        first = max(-((i - before) // ratio), 0)  # the first coarse token that has this tap
+        tokens = x[:, ratio * first + i - before :: ratio][:, : coarse - first]
+        y[:, first : first + tokens.shape[1]].addcmul_(tokens, tap)
+    return y
 
 
 def upsample(y: Tensor, *, stride: int, length: int, causal: bool) -> Tensor:
