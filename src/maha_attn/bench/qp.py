@@ -1,15 +1,13 @@
 """Benchmarks of the exact QP solver: certificates on millions of problems, and speed.
 
-``python -m maha_attn.bench.qp certificates`` solves random problems of every kind and constraint
-and recomputes their KKT residuals from the weights alone; ``python -m maha_attn.bench.qp speed``
+``maha bench qp certificates`` solves random problems of every kind and constraint
+and recomputes their KKT residuals from the weights alone; ``maha bench qp speed``
 times the solver against one ``torch.linalg.solve`` over the same matrices.
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maha_attn.bench.measure import provenance
 from maha_attn.ops.qp import solve_qp
 
 KINDS = ("gram", "duplicates", "conditioned", "ties")
@@ -192,25 +191,6 @@ def _alternate(
     return times
 
 
-def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(git, capture_output=True, text=True, check=False)
-        commit = answer.stdout.strip() if answer.returncode == 0 else None
-    except FileNotFoundError:
-        commit = None
-    device = getattr(arguments, "device", "cpu")
-    return {
-        "command": "python -m maha_attn.bench.qp " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
-        "threads": getattr(arguments, "threads", [torch.get_num_threads()]),
-        "seed": arguments.seed,
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, run, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, prog="maha bench qp")
@@ -232,7 +212,11 @@ def main(arguments: list[str] | None = None) -> None:
         for num_threads in options.threads:
             torch.set_num_threads(num_threads)
             rows += speed(options.num_problems, options.seed, options.repeats, options.device)
-    text = json.dumps({**_environment(options), "results": rows}, indent=1, ensure_ascii=False)
+    given = sys.argv[1:] if arguments is None else arguments
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    device = torch.device(settings.get("device", "cpu"))
+    document = provenance(" ".join([parser.prog, *given]), settings, device) | {"results": rows}
+    text = json.dumps(document, indent=1, ensure_ascii=False)
     if options.output:
         options.output.write_text(text + "\n")
     else:

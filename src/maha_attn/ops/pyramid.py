@@ -75,36 +75,25 @@ def downsample(
         )
     length = x.shape[1]
     coarse = coarse_length(length, ratio, causal=causal)
-    taps = ratio if weight is None else weight.shape[0 if method == "conv" else 2]
     if coarse == 0:
         return x[:, :0]
     if method == "conv":
         assert weight is not None
         y = _strided_convolution(x, weight, ratio, coarse)
-        return (
-            y
-            if causal or lengths is None
-            else y.masked_fill(_beyond(coarse, -(-lengths // ratio), y), 0)
-        )
-    missing = max(coarse * ratio - length, 0)
-    partial = weight is None and (missing > 0 or (lengths is not None and not causal))
-    if partial and method == "max":
-        x = x.masked_fill(_beyond(length, lengths, x), -torch.inf)
-    padded = F.pad(
-        x, (0, 0, taps - ratio, missing), value=-torch.inf if partial and method == "max" else 0.0
-    )
-    y = combine(padded.unfold(1, taps, ratio)[:, :coarse], weight, method)
+    else:
+        if method == "max" and not causal:
+            x = x.masked_fill(_beyond(length, lengths, x), -torch.inf)
+        missing = max(coarse * ratio - length, 0)
+        before = 0 if weight is None else weight.shape[2] - ratio
+        padded = F.pad(x, (0, 0, before, missing), value=-torch.inf if method == "max" else 0.0)
+        y = combine(padded.unfold(1, before + ratio, ratio)[:, :coarse], weight, method)
     if causal:
         return y
-    if partial:
+    if method == "mean":  # Over the real tokens of each block, not all of it.
         starts = torch.arange(coarse, device=x.device) * ratio
-        ends = (
-            lengths[:, None] if lengths is not None else torch.tensor([[length]], device=x.device)
-        )
-        real = (ends - starts).clamp(0, ratio)[..., None]
-        if method == "mean":
-            return y * (ratio / real.clamp(min=1).to(y.dtype))
-        return y.masked_fill(real == 0, 0)
+        ends = starts.new_full((1,), length) if lengths is None else lengths
+        real = (ends[:, None] - starts).clamp(1, ratio)[..., None]
+        return y * (ratio / real.to(y.dtype))
     return y if lengths is None else y.masked_fill(_beyond(coarse, -(-lengths // ratio), y), 0)
 
 

@@ -5,11 +5,12 @@ and shares no code with the operation that it checks; run it in fp64. Gradients 
 through the loops, and through the final linear system of the fusion problem.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from maha_attn.ops.reference_qp import solve_qp_by_enumeration
 
 
 def downsample(
@@ -72,47 +73,7 @@ def convex_weights(
     """``argmin ½wᵀMw - qᵀw + τ Σ w log w`` for one problem (§4)."""
     if temperature > 0:
         return _entropic(matrix, linear, constraint, temperature)
-    best, least = None, torch.inf
-    size = len(linear)
-    for pattern in itertools.product((0, 1, None), repeat=size):  # at 0, at 1, free
-        free = [i for i, p in enumerate(pattern) if p is None]
-        fixed = torch.tensor([float(p or 0) for p in pattern], dtype=matrix.dtype)
-        if constraint != "box" and fixed.any():
-            continue
-        for tight in {"box": (False,), "simplex": (True,), "capped": (False, True)}[constraint]:
-            if tight and not free:
-                continue
-            w = _equality_constrained(matrix, linear, free, fixed, tight)
-            total = w.sum()
-            if (
-                w.min() < -1e-12
-                or (constraint == "box" and w.max() > 1 + 1e-12)
-                or (total > 1 + 1e-12 and constraint == "capped")
-            ):
-                continue
-            objective = (0.5 * w @ matrix @ w - linear @ w).item()
-            if objective < least - 1e-15:
-                best, least = w, objective
-    assert best is not None
-    return best
-
-
-def _equality_constrained(
-    matrix: Tensor, linear: Tensor, free: list[int], fixed: Tensor, tight: bool
-) -> Tensor:
-    """Minimiser with the other weights fixed, and with the sum fixed at 1 where ``tight``."""
-    if not free:
-        return fixed
-    n = len(free)
-    system = matrix.new_zeros(n + tight, n + tight)
-    system[:n, :n] = matrix[free][:, free]
-    right = linear[free] - matrix[free] @ fixed
-    if tight:
-        system[n, :n] = system[:n, n] = 1
-        right = torch.cat((right, right.new_ones(1)))
-    w = fixed.clone()
-    w[free] = torch.linalg.solve(system, right)[:n]
-    return w
+    return solve_qp_by_enumeration(matrix, linear, constraint)
 
 
 def _entropic(matrix: Tensor, linear: Tensor, constraint: str, temperature: float) -> Tensor:

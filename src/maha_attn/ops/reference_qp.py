@@ -37,16 +37,17 @@ def solve_qp_by_enumeration(M: Tensor, q: Tensor, constraint: str = "simplex") -
 def _minimiser(M: Tensor, q: Tensor, where: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
     """Minimise over the free weights, the others held; with ``tight``, over ``Σw = 1``."""
     free = where == _FREE
-    w = (where == _AT_ONE).double()
+    held = (where == _AT_ONE).double()
     size = int(free.sum())
     system = torch.zeros(size + 1, size + 1, dtype=M.dtype)
     system[:size, :size] = M[free][:, free]
-    right = torch.cat([(q - M @ w)[free], torch.tensor([1.0 if tight else 0.0])])
+    right = torch.cat([(q - M @ held)[free], torch.tensor([1.0 if tight else 0.0])])
     if tight:
         system[:size, size] = system[size, :size] = 1
     else:
         system[size, size] = 1
     solution = torch.linalg.solve(system, right)
+    w = held.clone()
     w[free] = solution[:size]
     return w, solution[size]
 
@@ -61,4 +62,4 @@ def _violation(
         wrong.append(w - 1)
     if constraint == "capped":
         wrong += [w.sum()[None] - 1, -multiplier[None]]
-    return float(torch.cat(wrong).max().clamp(min=0))
+    return torch.cat(wrong).max().clamp(min=0).item()
