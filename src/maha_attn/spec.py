@@ -56,6 +56,8 @@ class AttentionSpec:
         bias: Biases in the projections.
         gating: Cross-scale gating (paper IV-D).
         dilation: Dilation of a convolution before each scale's attention (paper IV-D); 0: none.
+        recompute: Rebuild the coarse scales in the backward pass instead of keeping them: less
+            memory in training, for the time of computing them once more.
         backend: ``auto`` takes kernels where they run, ``torch`` composed operators, ``triton``
             kernels or an error.
 
@@ -91,6 +93,7 @@ class AttentionSpec:
     bias: bool = False
     gating: bool = False
     dilation: int = 0
+    recompute: bool = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:

@@ -66,7 +66,8 @@ def error(a, truth):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_at_most_twice_the_error_of_low_precision(problem, length):
-    outputs, options = make(length, problem)
+    # The composed operators in fp64 need the memory: fewer heads in long rows.
+    outputs, options = make(length, problem, heads=8 if length < 10_000 else 2)
     truth = run(composed, outputs, options, torch.float64)
     plain = run(composed, outputs, options)
     ours = run(kernels.fuse, outputs, options)

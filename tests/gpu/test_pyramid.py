@@ -11,30 +11,39 @@ if not torch.cuda.is_available():
 
 from maha_attn.ops import pyramid
 from maha_attn.ops.rotary import rotary_table, rotate
-from maha_attn.ops.triton.pyramid import downsample
+from maha_attn.ops.triton.pyramid import build
 from maha_attn.ops.triton.rotary import rotate_projection
 
 pytestmark = pytest.mark.gpu
-composed = partial(pyramid.downsample, backend="torch")
+composed = partial(pyramid.build, backend="torch")
 
 
-def run(operation, x, weight, dtype, **options):
-    inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight) if t is not None]
-    y = operation(inputs[0], inputs[1] if weight is not None else None, **options)
+def by_kernels(*arguments, method, **options):
+    return build(*arguments, **options)
+
+
+def run(operation, x, weights, dtype, **options):
+    """Coarser scales, and the gradients when each has one of its own."""
+    x, *weights = inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *weights)]
+    ((_, *scales),) = operation([x], weights, steps=2, **options)
     generator = torch.Generator("cuda").manual_seed(1)
-    grad = torch.randn(y.shape, device="cuda", generator=generator).to(torch.bfloat16)
-    return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+    draw = partial(torch.randn, device="cuda", generator=generator)
+    grads = [draw(y.shape).to(torch.bfloat16).to(dtype) for y in scales]
+    used = inputs[: 1 + len(scales)]
+    return [*scales, *torch.autograd.grad(scales, used, grads)]
 
 
 def check(length, dtype, *, ratio=2, taps=3, method="conv", width=72, **options):
     torch.manual_seed(length)
     x = torch.randn(2, length, width, device="cuda", dtype=dtype)
-    weight = torch.randn(taps, width, device="cuda", dtype=dtype) if method == "conv" else None
+    weights = [
+        torch.randn(taps, width, device="cuda", dtype=dtype) for _ in range(2 * (method == "conv"))
+    ]
     options |= {"ratio": ratio, "method": method}
     ours, plain, exact = (
-        run(downsample, x, weight, dtype, **options),
-        run(composed, x, weight, dtype, **options),
-        run(composed, x, weight, torch.float64, **options),
+        run(by_kernels, x, weights, dtype, **options),
+        run(composed, x, weights, dtype, **options),
+        run(composed, x, weights, torch.float64, **options),
     )
     for a, b, truth in zip(ours, plain, exact, strict=True):
         assert a.dtype == dtype
@@ -57,15 +66,15 @@ def test_ratios_and_taps(ratio, taps):
 
 def test_repeats_are_bitwise_equal_and_everything_is_written():
     x = torch.randn(2, 3001, 1024, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     options = {"ratio": 2, "method": "conv", "causal": True}
-    first = run(downsample, x, weight, torch.bfloat16, **options)
+    first = run(by_kernels, x, weights, torch.bfloat16, **options)
     for _ in range(250):
-        again = run(downsample, x, weight, torch.bfloat16, **options)
+        again = run(by_kernels, x, weights, torch.bfloat16, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.use_deterministic_algorithms(True)  # Fills fresh memory with NaN.
     try:
-        again = run(downsample, x, weight, torch.bfloat16, **options)
+        again = run(by_kernels, x, weights, torch.bfloat16, **options)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -75,8 +84,9 @@ def test_offsets_past_two_to_the_31():
     x = torch.randn(1, 2**21 + 300, 1024, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31
-    options = {"ratio": 2, "method": "conv", "causal": True}
-    whole, tail = (downsample(t, weight, **options) for t in (x, x[:, -400:]))
+    (_, whole), (_, tail) = (
+        build([t], [weight], steps=1, ratio=2, causal=True)[0] for t in (x, x[:, -400:])
+    )
     assert torch.equal(whole[:, -199:], tail[:, 1:])
     packed = x.view(1, -1, 2, 8, 64)
     table = rotary_table(torch.arange(packed.shape[1], device="cuda"), 64)

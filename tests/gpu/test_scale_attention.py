@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from maha_attn.ops.multiscale_attention import multiscale_attention
+from maha_attn.ops.rotary import rotary_table
 from maha_attn.ops.scale_attention import scale_attention as either
 from maha_attn.ops.triton.scale_attention import scale_attention
 
@@ -191,9 +193,41 @@ def test_nan_in_masked_keys_is_harmless(window):
 
 def test_custom_operator_contract():
     inputs = make(70, 70, dtype=torch.float32)
-    for lengths in (None, torch.tensor([70, 20], device="cuda")):
-        operator = torch.ops.maha.scale_attention.default
-        torch.library.opcheck(operator, (*inputs, lengths, 15, 0, True, 1))
+    q, k, v = ([t] for t in inputs)
+    operator = torch.ops.maha.multiscale_attention.default
+    table = rotary_table(torch.arange(70, device="cuda"), 64)
+    lengths = [torch.tensor([70, 20], device="cuda")]
+    torch.library.opcheck(operator, (q, k, v, [], None, [], [15], [0], [1], True))
+    torch.library.opcheck(operator, (q, k, v, [table], table, lengths, [15], [0], [1], True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("fine", [False, True])
+def test_every_scale_with_rotary_embedding(fine, width, dtype):
+    """One operator for all scales, which turns queries and keys itself."""
+    made = [make(1000 if fine else n, n, width=width, dtype=dtype) for n in (1000, 500)]
+    tokens = torch.arange(1000, device="cuda")
+    table = rotary_table(tokens, width)
+    options = {
+        "query_tables": [table, rotary_table((tokens + 1) / 2 - 1, width) if fine else table],
+        "key_table": table,
+        "windows": [128, None],
+        "strides": [1, 2 if fine else 1],
+        "causal": True,
+    }
+    grads = [torch.randn_like(q) for q, _, _ in made]
+    results = []
+    for backend, to in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
+        inputs = [t.detach().to(to).requires_grad_() for side in made for t in side]
+        outputs, _ = multiscale_attention(
+            inputs[::3], inputs[1::3], inputs[2::3], **options, backend=backend
+        )
+        grads = [grad.to(to) for grad in grads]
+        results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+    ours, plain, exact = ([r[1], r[0], *r[2:]] for r in results)
+    assert_rule(ours[:1], plain[:1], exact[:1])
+    assert_rule(ours[1:], plain[1:], exact[1:])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

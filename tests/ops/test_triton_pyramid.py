@@ -16,7 +16,7 @@ from maha_attn.ops.triton import pyramid as kernels
 from maha_attn.ops.triton.rotary import rotate_projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-composed = partial(pyramid.downsample, backend="torch")
+composed = partial(pyramid.build, backend="torch")
 
 
 @pytest.fixture(autouse=True)
@@ -28,24 +28,29 @@ def tiny(monkeypatch):
 
 
 def compare(length, ratio, taps, *, method="conv", causal=True, tokens=None, width=24):
+    """Two steps of two streams; every scale has a gradient of its own."""
     torch.manual_seed(length)
-    x = torch.randn(3, length, width, device=DEVICE)
+    streams = [torch.randn(3, length, width, device=DEVICE) for _ in range(2)]
     lengths = None
     if tokens is not None:
         lengths = torch.tensor(tokens, device=DEVICE)
         real = torch.arange(length, device=DEVICE) < lengths[:, None]
-        x = torch.where(real[..., None], x, 0)
-    weight = torch.randn(taps, width, device=DEVICE) if method == "conv" else None
-    inputs = [t.requires_grad_() for t in (x, weight) if t is not None]
-    options = {"ratio": ratio, "method": method, "causal": causal, "lengths": lengths}
-    y, truth = (f(x, weight, **options) for f in (kernels.downsample, composed))
-    assert y.shape == truth.shape
-    if not y.numel():
+        streams = [torch.where(real[..., None], x, 0) for x in streams]
+    conv = method == "conv"
+    weights = [torch.randn(taps, width, device=DEVICE) for _ in range(2 if conv else 0)]
+    inputs = [t.requires_grad_() for t in (*streams, *weights)]
+    options = {"steps": 2, "ratio": ratio, "causal": causal, "lengths": lengths}
+    ours = kernels.build(streams, weights, **options)
+    truth = composed(streams, weights, method=method, **options)
+    ours, truth = ([t for scales in built for t in scales[1:]] for built in (ours, truth))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if not ours:
         return
-    torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
-    grad = torch.randn_like(y)
-    ours, theirs = (torch.autograd.grad(t, inputs, grad) for t in (y, truth))
-    for a, b in zip(ours, theirs, strict=True):
+    grads = [torch.randn_like(t) for t in truth]
+    ours, truth = (torch.autograd.grad(t, inputs, grads, allow_unused=True, materialize_grads=True)
+                   for t in (ours, truth))  # fmt: skip
+    for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -68,10 +73,10 @@ def test_rows_of_different_length(method):
 
 
 def test_operator_contracts():
-    x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
+    x, v = (torch.randn(2, 9, 16, device=DEVICE, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, 16, device=DEVICE, requires_grad=True)
-    for w in (weight, None):
-        torch.library.opcheck(torch.ops.maha.downsample.default, (x, w, None, 2, True))
+    for weights in ([weight, weight.detach() * 2], []):
+        torch.library.opcheck(torch.ops.maha.pyramid.default, ([x, v], weights, None, 2, 2, True))
     table = rotary_table(torch.arange(9, device=DEVICE), 8)
     packed = torch.randn(2, 9, 2, 3, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.maha.rotate.default, (packed, table))

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from torch.utils.flop_counter import FlopCounterMode
 
 from maha_attn.ops import scale_attention
+from maha_attn.ops.multiscale_attention import multiscale_attention
+from maha_attn.ops.rotary import rotary_table
 from maha_attn.ops.triton import scale_attention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,9 +122,12 @@ def test_output_lies_as_the_projection_reads_it():
 @pytest.mark.parametrize("lengths", [None, [20, 5]])
 def test_custom_operator_contract(lengths):
     inputs = make(20, 20, batch=2)
-    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
-    operator = torch.ops.maha.scale_attention.default
-    torch.library.opcheck(operator, (*inputs, lengths, 6, 0, True, 1))
+    operator = torch.ops.maha.multiscale_attention.default
+    q, k, v = ([t] for t in inputs)
+    tables = [] if lengths is None else [rotary_table(torch.arange(20, device=DEVICE), 8)]
+    key_table = tables[0] if tables else None
+    lengths = [] if lengths is None else [torch.tensor(lengths, device=DEVICE)]
+    torch.library.opcheck(operator, (q, k, v, tables, key_table, lengths, [6], [0], [1], True))
 
 
 def test_flops_are_those_of_the_visited_tiles():
@@ -136,3 +141,32 @@ def test_flops_are_those_of_the_visited_tiles():
         out.sum().backward()
     # Keys are cut by where they start: the last query of each tile's window is one of the next's.
     assert counter.get_total_flops() == 8 * (6 * tiles + 8 * tiles)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("strides", [[1, 1], [1, 2]], ids=["coarse", "fine"])
+def test_every_scale_with_rotary_embedding(strides, width):
+    """One operator for all scales, which turns queries and keys itself."""
+    lengths, fine = [40, 20], strides[1] > 1
+    sides = [make(40 if fine else n, n, width) for n in lengths]
+    q, k, v = ([side[i].detach() for side in sides] for i in range(3))
+    table = rotary_table(torch.arange(40, device=DEVICE), width)
+    halves = rotary_table((torch.arange(40, device=DEVICE) + 1) / 2 - 1, width)
+    options = {
+        "query_tables": [table, halves if fine else table],
+        "key_table": table,
+        "windows": [9, None],
+        "strides": strides,
+        "causal": True,
+    }
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        inputs = [[t.to(dtype).requires_grad_() for t in ts] for ts in (q, k, v)]
+        outputs, keys = multiscale_attention(*inputs, **options, backend=backend)
+        torch.manual_seed(1)
+        grads = [torch.randn(o.shape, device=DEVICE).to(dtype) for o in outputs]
+        flat = [t for ts in inputs for t in ts]
+        results.append([*outputs, *keys, *torch.autograd.grad(outputs, flat, grads)])
+        assert not any(key.requires_grad for key in keys)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=3e-6)

@@ -97,6 +97,7 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
         "MAHA nash": {"fusion": "nash"},
         "MAHA gate": {"fusion": "gate"},
         "MAHA mean": {"fusion": "mean"},
+        "MAHA convex, recompute": {"recompute": True},
         "MAHA convex, fine queries": {"queries": "fine"},
         "MAHA convex, ratio 4": {"ratio": 4},
     }

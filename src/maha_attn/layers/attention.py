@@ -5,14 +5,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maha_attn.layers import decoding
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.fusion import ScaleFusion
+from maha_attn.layers.projection import project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.ops.fusion import Fused
-from maha_attn.ops.rotary import rotary_table, rotate
-from maha_attn.ops.scale_attention import scale_attention
+from maha_attn.ops.multiscale_attention import multiscale_attention
+from maha_attn.ops.rotary import rotary_table
 from maha_attn.spec import AttentionSpec
 
 
@@ -127,52 +129,41 @@ class MultiscaleAttention(nn.Module):
         certified: bool,
     ) -> tuple[Tensor, Fused | None]:
         """The whole sequence at once; real tokens stand at the front of their rows."""
-        base = self.v_proj(x)
-        outputs = self._scale_outputs(x, base, lengths, cache, counts)
+        spec = self.spec
+        problem = [] if self.fusion is None else self.fusion.projections
+        # Where queries and keys of the finest scale come from the tokens as they are, they share
+        # the pass over the tokens' gradient with the other projections.
+        finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
+        base, *projected = project(x, [self.v_proj, *problem, *finest])
+        projected, finest = projected[: len(problem)], projected[len(problem) :]
+        values = base if lengths is None else zero_beyond(base, lengths)
+        if spec.recompute and spec.num_scales > 1 and cache is None and torch.is_grad_enabled():
+            outputs = self._recomputed(x, values, finest, lengths)
+        else:
+            outputs = self._outputs(x, values, finest, lengths, cache, counts)
         if self.fusion is None:
             return outputs[0].transpose(1, 2).flatten(2), None
-        fused = self.fusion(outputs, x, self.split(base).transpose(1, 2), lengths, certified)
+        heads = self.split(base).transpose(1, 2)
+        fused = self.fusion(outputs, projected, heads, lengths, certified)
         return fused.output.transpose(1, 2).flatten(2), fused
 
-    def _scale_outputs(
+    def _outputs(
         self,
         x: Tensor,
         base: Tensor,
+        finest: list[Tensor],
         lengths: Tensor | None,
         cache: AttentionCache | None,
         counts: list[int] | None,
     ) -> list[Tensor]:
-        """Every scale's attention, ``[B, H, N_s, K]``; fills ``cache`` where there is one."""
-        spec = self.spec
-        scales = self.pyramid.scales(x, lengths)
-        values = self.pyramid.scales(
-            base if lengths is None else zero_beyond(base, lengths), lengths
-        )
+        """Every scale's attention, ``[B, H, N_s, K]``; fills ``cache`` where there is one.
+
+        ``base``: the values of the finest scale; ``finest``: its queries and keys, where known.
+        """
+        scales, values = self.pyramid.scales([x, base], lengths)
         gated = self.pyramid.gated(scales)
         features = self.pyramid.convolved(gated, lengths)
-        tokens = torch.arange(x.shape[1], device=x.device)
-        table = self.table(tokens)
-        outputs, keys = [], []
-        for s, span in enumerate(spec.spans[: len(scales)]):
-            length = scales[s].shape[1]
-            fine = spec.queries == "fine" and s > 0
-            q, k = self.project_qk(s, features[0 if fine else s], features[s])
-            q = rotate(q, self.query_table(s, tokens) if fine else table[:length], spec.backend)
-            k = rotate(k, table[:length], spec.backend).transpose(1, 2)
-            if cache is not None:
-                keys.append(k)
-            outputs.append(
-                scale_attention(
-                    q.transpose(1, 2),
-                    k,
-                    self.split(values[s]).transpose(1, 2),
-                    window=span,
-                    causal=spec.causal,
-                    stride=spec.strides[s] if fine else 1,
-                    lengths=self.pyramid.key_lengths(lengths, s),
-                    backend=spec.backend,
-                )
-            )
+        outputs, keys = self._attend(range(len(scales)), features, values, lengths, finest)
         if cache is not None:
             assert counts is not None
             decoding.fill(
@@ -180,13 +171,77 @@ class MultiscaleAttention(nn.Module):
             )
         return outputs
 
+    def _recomputed(
+        self, x: Tensor, base: Tensor, finest: list[Tensor], lengths: Tensor | None
+    ) -> list[Tensor]:
+        """`_outputs`, keeping nothing of the coarse scales but their outputs."""
+        if finest:
+            features = [x]
+        else:
+            (scales,) = self.pyramid.scales([x], lengths)
+            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
+        outputs, _ = self._attend(range(1), features, [base], lengths, finest)
+
+        def coarse(x: Tensor, base: Tensor) -> list[Tensor]:
+            scales, values = self.pyramid.scales([x, base], lengths)
+            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
+            return self._attend(range(1, len(scales)), features, values, lengths)[0]
+
+        rebuilt = checkpoint(coarse, x, base, use_reentrant=False, preserve_rng_state=False)
+        return outputs + rebuilt  # pyright: ignore[reportOperatorIssue]
+
+    def _attend(
+        self,
+        chosen: range,
+        features: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor | None,
+        finest: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and rotated keys of the ``chosen`` scales, of every scale's features and values.
+
+        ``finest``: queries and keys of the finest scale, where they are known already.
+        """
+        spec = self.spec
+        if not chosen:
+            return [], []
+        tokens = torch.arange(features[0].shape[1], device=features[0].device)
+        table = self.table(tokens)
+        queries, keys, tables = [], [], []
+        for s in chosen:
+            fine = spec.queries == "fine" and s > 0
+            if s == 0 and finest:
+                q, k = map(self.split, finest)
+            else:
+                q, k = self.project_qk(s, features[0 if fine else s], features[s])
+            queries.append(q.transpose(1, 2))
+            keys.append(k.transpose(1, 2))
+            tables.append(self.query_table(s, tokens) if fine else table)
+        masked = [self.pyramid.key_lengths(lengths, s) for s in chosen]
+        return multiscale_attention(
+            queries,
+            keys,
+            [self.split(values[s]).transpose(1, 2) for s in chosen],
+            query_tables=tables,
+            key_table=table,
+            windows=[spec.spans[s] for s in chosen],
+            strides=[spec.strides[s] if spec.queries == "fine" else 1 for s in chosen],
+            causal=spec.causal,
+            lengths=[ends for ends in masked if ends is not None],
+            backend=spec.backend,
+        )
+
     def project_qk(self, s: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of scale ``s`` out of features ``[B, N, D]``, not yet rotated.
 
         Returns:
             ``[B, N, H, K]`` each.
         """
-        return self.split(self.q_proj[s](queries)), self.split(self.k_proj[s](keys))
+        if queries is keys:
+            q, k = project(queries, [self.q_proj[s], self.k_proj[s]])
+        else:
+            q, k = self.q_proj[s](queries), self.k_proj[s](keys)
+        return self.split(q), self.split(k)
 
     def table(self, positions: Tensor) -> Tensor:
         """Rotary table of positions in tokens of a scale; fp32 unless the layer is fp64."""

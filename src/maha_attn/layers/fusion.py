@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from maha_attn.layers.projection import project
 from maha_attn.ops.fusion import Fused, fuse, fuse_stacked
 from maha_attn.spec import AttentionSpec
 
@@ -42,7 +43,7 @@ class ScaleFusion(nn.Module):
     def forward(
         self,
         outputs: list[Tensor],
-        x: Tensor,
+        projected: list[Tensor],
         values: Tensor,
         lengths: Tensor | None = None,
         certified: bool = False,
@@ -51,7 +52,7 @@ class ScaleFusion(nn.Module):
 
         Args:
             outputs: Finest first, as `maha_attn.ops.fusion.fuse` takes them.
-            x: The layer's input, ``[B, N, D]``.
+            projected: The layer's input, mapped by each of `projections`.
             values: The tokens' base values ``V_0``, ``[B, H, N, K]``.
             lengths: Real tokens of each row, ``[B]``.
             certified: Return the solver's certificate.
@@ -65,26 +66,34 @@ class ScaleFusion(nn.Module):
             per_sequence=self.spec.granularity == "sequence",
             certified=certified,
             backend=self.spec.backend,
-            **self._problem(x, values, outputs[0], len(outputs)),
+            **self._problem(projected, values, outputs[0], len(outputs)),
         )
 
     def step(self, stacked: Tensor, available: Tensor, x: Tensor, values: Tensor) -> Fused:
         """`forward` for outputs ``[B, H, N, S, K]`` that are upsampled already (decoding)."""
-        problem = self._problem(x, values, stacked[..., 0, :], stacked.shape[3])
+        projected = project(x, self.projections)
+        problem = self._problem(projected, values, stacked[..., 0, :], stacked.shape[3])
         return fuse_stacked(stacked, available, **problem)
 
-    def _problem(self, x: Tensor, values: Tensor, finest: Tensor, num_scales: int) -> dict:
-        spec = self.spec
+    @property
+    def projections(self) -> list[nn.Linear]:
+        """What the problem takes from the tokens: the gate and the target, where there are any."""
+        return [module for module in (self.gate_proj, self.target_proj) if module is not None]
+
+    def _problem(
+        self, projected: list[Tensor], values: Tensor, finest: Tensor, num_scales: int
+    ) -> dict:
+        spec, parts = self.spec, iter(projected)
         logits = None
         if self.logits is not None:
             logits = self.logits[None, :, None]
             if self.gate_proj is not None:
-                logits = logits + self.gate_proj(x).unflatten(-1, self.logits.shape).transpose(1, 2)
+                logits = logits + next(parts).unflatten(-1, self.logits.shape).transpose(1, 2)
             logits = logits[..., :num_scales]
         target = None
         if spec.fusion == "convex":
             if self.target_proj is not None:
-                target = self.target_proj(x).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+                target = next(parts).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
             else:
                 target = {"value": values, "finest": finest}.get(spec.target)
         return {

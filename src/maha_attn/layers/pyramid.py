@@ -1,5 +1,7 @@
 """The learnable pyramid: one set of downsampling operators for features and values alike."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -56,24 +58,19 @@ class ScalePyramid(nn.Module):
             nn.init.zeros_(weight)
             nn.init.ones_(weight[-1] if self.spec.causal else weight[DILATED_TAPS // 2])
 
-    def scales(self, x: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """``[X_0, X_1, …]``, as many scales as the input has (``[B, N_s, D]``)."""
-        scales = [x]
-        for step in range(self.spec.num_scales - 1):
-            spec = self.spec
-            coarser = ops.downsample(
-                scales[-1],
-                self.weight(step, x.dtype),
-                ratio=spec.ratio,
-                method=spec.downsample,
-                causal=spec.causal,
-                lengths=None if lengths is None else self.lengths(lengths, step),
-                backend=spec.backend,
-            )
-            if coarser.shape[1] == 0:
-                break
-            scales.append(coarser)
-        return scales
+    def scales(self, streams: Sequence[Tensor], lengths: Tensor | None) -> list[list[Tensor]]:
+        """``[X_0, X_1, …]`` of each stream, as many scales as it has (``[B, N_s, D]``)."""
+        spec = self.spec
+        return ops.build(
+            streams,
+            [weight.to(streams[0].dtype) for weight in self.down],
+            steps=spec.num_scales - 1,
+            ratio=spec.ratio,
+            method=spec.downsample,
+            causal=spec.causal,
+            lengths=lengths,
+            backend=spec.backend,
+        )
 
     def gated(self, scales: list[Tensor]) -> list[Tensor]:
         """``σ(W_g X_{s+1}) ⊙ X_s`` (or ``X_s`` without gating), the coarsest as it is."""

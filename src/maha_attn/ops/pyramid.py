@@ -5,6 +5,8 @@ A coarse token ``j`` ends with the fine token ``r·j + r - 1``: its taps reach `
 before its block and never a later one, so that every scale is causal by construction.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,52 @@ def combine(windows: Tensor, weight: Tensor | None, method: str) -> Tensor:
     return token
 
 
+def build(
+    streams: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    steps: int,
+    ratio: int,
+    method: str,
+    causal: bool,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> list[list[Tensor]]:
+    """The pyramid of each stream of tokens, all by the same operators (paper Eq. 5).
+
+    Args:
+        streams: ``[B, N, D]`` each, zero at the tokens beyond a row's length.
+        weights: One operator a step, as in `combine`; none for ``max`` and ``mean``.
+        steps: Scales beyond the first, as far as the length allows.
+        ratio, method, causal, lengths: As in `downsample`; ``lengths`` of the first scale.
+        backend: ``auto``, ``torch`` or ``triton``; ``conv`` and ``mean`` have a kernel, and all
+            steps of all streams are one operator.
+
+    Returns:
+        Per stream ``[X_0, X_1, …]``.
+    """
+    if method in ("conv", "mean") and use_triton(backend, *streams):
+        from maha_attn.ops.triton import pyramid as kernels
+
+        return kernels.build(
+            streams, weights, steps=steps, ratio=ratio, causal=causal, lengths=lengths
+        )
+    pyramids = []
+    for x in streams:
+        scales, ends = [x], lengths
+        for step in range(steps):
+            weight = weights[step] if weights else None
+            coarser = downsample(
+                scales[-1], weight, ratio=ratio, method=method, causal=causal, lengths=ends
+            )
+            if coarser.shape[1] == 0:
+                break
+            scales.append(coarser)
+            ends = None if ends is None or causal else -(-ends // ratio)
+        pyramids.append(scales)
+    return pyramids
+
+
 def downsample(
     x: Tensor,
     weight: Tensor | None,
@@ -49,7 +97,6 @@ def downsample(
     method: str,
     causal: bool,
     lengths: Tensor | None = None,
-    backend: str = "auto",
 ) -> Tensor:
     """The next scale: ``X_{s+1} = D(X_s)`` (paper Eq. 5).
 
@@ -61,18 +108,11 @@ def downsample(
         causal: Complete blocks only. Otherwise the last partial block counts, over its real tokens.
         lengths: ``[B]`` real tokens of each row at this scale; None where all are real.
             Bidirectional only: a causal block of real tokens contains no padding.
-        backend: ``auto``, ``torch`` or ``triton``; ``conv`` and ``mean`` have a kernel.
 
     Returns:
         ``[B, N', D]``, ``N' = coarse_length(N)``. Bidirectional, tokens beyond a row's coarse
         length are zero.
     """
-    if method in ("conv", "mean") and use_triton(backend, x):
-        from maha_attn.ops.triton import pyramid as kernels
-
-        return kernels.downsample(
-            x, weight, ratio=ratio, method=method, causal=causal, lengths=lengths
-        )
     length = x.shape[1]
     coarse = coarse_length(length, ratio, causal=causal)
     if coarse == 0:

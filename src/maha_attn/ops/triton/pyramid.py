@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton compiles the kernels below; their Python types say nothing.)
-"""Kernels for downsampling: strided depthwise convolution and block mean, forward and backward.
+"""Kernels for the pyramid: strided depthwise convolution and block mean, forward and backward.
 
 Letters as in `maha_attn.ops.pyramid`. Tokens stay where the projections want them, ``[B, N, D]``:
 a program takes a tile of coarse tokens and channels and reads the fine tokens that its taps reach,
@@ -8,6 +8,8 @@ so nothing is transposed, padded or unfolded in memory. The backward pass writes
 gradient once, and one partial weight gradient for each strip of tiles, summed afterwards in a fixed
 order.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.pyramid import coarse_length
 
-_TOKENS, _CHANNELS = 8, 512  # Of a tile.
-_STEPS = 4  # Tiles of a strip: as many coarse tokens share one partial weight gradient.
+_TOKENS, _CHANNELS = 4, 512  # Of a tile.
+_STEPS = 8  # Tiles of a strip: as many coarse tokens share one partial weight gradient.
 
 
 @triton.jit
@@ -83,14 +85,15 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "coarse", "num_tiles"])
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, lengths_ptr, dy_b, dy_n, x_b, x_n, dx_b, dx_n,
-    length, coarse, width, num_tiles,
+    dy_ptr, x_ptr, weight_ptr, direct_ptr, dx_ptr, partial_ptr, lengths_ptr,
+    dy_b, dy_n, x_b, x_n, direct_b, direct_n, dx_b, dx_n, length, coarse, width, num_tiles,
     RATIO: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """``dx`` of the fine tokens in a strip of tiles, and the strip's part of ``dw``.
 
     Fine token ``rj + p`` is tap ``i`` of the coarse token ``j + (k - r + p - i)/r``, if whole.
+    ``direct_ptr``: the gradient that the fine tokens have from elsewhere, added here.
     """
     row, tile, first, channels = _locate(num_tiles, width, TOKENS * STEPS, TOKENS, CHANNELS)
     end = length
@@ -102,30 +105,38 @@ def _backward_kernel(
     dy_ptr += row * dy_b
     x_ptr += row * x_b
     dx_ptr += row * dx_b
-    sums = ()  # Grown by + because Triton knows no starred expressions.
-    for _ in tl.static_range(TAPS):
-        sums = sums + (tl.zeros([TOKENS, CHANNELS], tl.float32),)  # noqa: RUF005
+    if direct_ptr is not None:
+        direct_ptr += row * direct_b
+    weights, sums = (), ()  # Grown by + because Triton knows no starred expressions.
+    if weight_ptr is not None:
+        for tap in tl.static_range(TAPS):
+            weights = weights + (_weight(weight_ptr, tap, channels, width),)  # noqa: RUF005
+            sums = sums + (tl.zeros([TOKENS, CHANNELS], tl.float32),)  # noqa: RUF005
     for step in tl.static_range(STEPS):
         tokens = first + step * TOKENS
+        dys = ()  # of the coarse tokens j, j + 1, … that have a tap in block j
+        for later in tl.static_range((TAPS - 1) // RATIO + 1):
+            dy = _tokens(dy_ptr, tokens + later, channels, 0, real, dy_n, width)
+            if weight_ptr is None:
+                dy /= tl.minimum(tl.maximum(end - tokens * RATIO, 1), RATIO).to(tl.float32)
+            dys = dys + (dy,)  # noqa: RUF005
         for place in tl.static_range(RATIO):
-            dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
+            fine = tokens * RATIO + place
+            if direct_ptr is not None:
+                dx = _tokens(direct_ptr, fine, channels, 0, length, direct_n, width)
+            else:
+                dx = tl.zeros([TOKENS, CHANNELS], tl.float32)
             for tap in tl.static_range(TAPS):
                 if (TAPS + place - tap) % RATIO == 0:
-                    later = tokens + (TAPS - RATIO + place - tap) // RATIO
-                    dy = _tokens(dy_ptr, later, channels, 0, real, dy_n, width)
-                    if weight_ptr is not None:
-                        dy *= _weight(weight_ptr, tap, channels, width)
-                    else:
-                        dy /= tl.minimum(tl.maximum(end - tokens * RATIO, 1), RATIO).to(tl.float32)
-                    dx += dy
-            _store(dx_ptr, tokens * RATIO + place, channels, length, dx_n, width, dx)
+                    dy = dys[(TAPS - RATIO + place - tap) // RATIO]
+                    dx += dy if weight_ptr is None else dy * weights[tap]
+            _store(dx_ptr, fine, channels, length, dx_n, width, dx)
         if weight_ptr is not None:
-            dy = _tokens(dy_ptr, tokens, channels, 0, real, dy_n, width)
             old, sums = sums, ()
             for tap in tl.static_range(TAPS):
                 fine = tokens * RATIO + (RATIO - TAPS + tap)
                 x = _tokens(x_ptr, fine, channels, 0, length, x_n, width)
-                sums = sums + (old[tap] + dy * x,)  # noqa: RUF005
+                sums = sums + (old[tap] + dys[0] * x,)  # noqa: RUF005
     if weight_ptr is not None:
         partial_ptr += (row * num_tiles + tile) * TAPS * width + channels
         for tap in tl.static_range(TAPS):
@@ -133,47 +144,93 @@ def _backward_kernel(
             tl.store(partial_ptr + tap * width, total, mask=channels < width)
 
 
-def downsample(
-    x: Tensor,
-    weight: Tensor | None,
+def build(
+    streams: Sequence[Tensor],
+    weights: Sequence[Tensor],
     *,
+    steps: int,
     ratio: int,
-    method: str,
     causal: bool,
     lengths: Tensor | None = None,
-) -> Tensor:
-    """`maha_attn.ops.pyramid.downsample` for ``conv`` and ``mean``, differentiable once.
+) -> list[list[Tensor]]:
+    """`maha_attn.ops.pyramid.build` for ``conv`` and ``mean`` (no weights), differentiable once.
 
-    Numerics: products and sums in fp32, stored in the wider dtype of ``x`` and ``weight``.
+    Numerics: products and sums in fp32, stored in the wider dtype of tokens and weights.
     """
-    assert (method == "conv") == (weight is not None)
-    return _downsample(x, weight, None if causal else lengths, ratio, causal)
+    built = _build(
+        [_unit_last(x) for x in streams],
+        [w.contiguous() for w in weights],
+        None if causal else lengths,
+        steps,
+        ratio,
+        causal,
+    )
+    levels = len(built) // len(streams)
+    return [[x, *built[i * levels : (i + 1) * levels]] for i, x in enumerate(streams)]
 
 
-@torch.library.custom_op("maha::downsample", mutates_args=())
-def _downsample(
-    x: Tensor, weight: Tensor | None, lengths: Tensor | None, ratio: int, causal: bool
-) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    y = _empty_coarse(x, weight, ratio, causal)
-    (batch, length, width), coarse = x.shape, y.shape[1]
-    num_tiles = triton.cdiv(coarse, _TOKENS)
-    if y.numel():
-        with torch.cuda.device_of(x):
-            _forward_kernel[(batch * num_tiles * triton.cdiv(width, _CHANNELS),)](
-                x, None if weight is None else weight.contiguous(), y, lengths,
-                *x.stride()[:2], *y.stride()[:2], length, coarse, width, num_tiles,
-                **_constants(weight, ratio),
+@torch.library.custom_op("maha::pyramid", mutates_args=())
+def _build(
+    streams: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None,
+    steps: int, ratio: int, causal: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Every coarser scale of the first stream, then of the next, and so on."""
+    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    for x, built in zip(streams, levels, strict=True):
+        for step, y in enumerate(built):
+            weight = weights[step] if weights else None
+            ends = None if lengths is None else -(-lengths // ratio**step)
+            (batch, length, width), coarse = x.shape, y.shape[1]
+            num_tiles = triton.cdiv(coarse, _TOKENS)
+            with torch.cuda.device_of(x):
+                _forward_kernel[(batch * num_tiles * triton.cdiv(width, _CHANNELS),)](
+                    x, weight, y, ends, *x.stride()[:2], *y.stride()[:2],
+                    length, coarse, width, num_tiles, **_constants(weight, ratio),
+                )  # fmt: skip
+            x = y
+    return [y for built in levels for y in built]
+
+
+@torch.library.custom_op("maha::pyramid_backward", mutates_args=())
+def _build_backward(
+    grads: Sequence[Tensor | None], streams: Sequence[Tensor], built: Sequence[Tensor],
+    weights: Sequence[Tensor], lengths: Tensor | None, ratio: int,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the streams, then of the weights.
+
+    A scale's own gradient and what comes down from the coarser one are summed in the kernel.
+    """
+    levels = len(built) // len(streams)
+    ends = [None if lengths is None else -(-lengths // ratio**step) for step in range(levels)]
+    partials: list[list[Tensor]] = [[] for _ in weights]
+    results = []
+    for i, x in enumerate(streams):
+        scales = [x, *built[i * levels : (i + 1) * levels]]
+        direct = [None, *grads[i * levels : (i + 1) * levels]]
+        dy = None
+        for step in range(levels - 1, -1, -1):
+            dy = direct[step + 1] if dy is None else dy
+            if dy is None:
+                continue
+            dy, partial = _step_backward(
+                _unit_last(dy), scales[step], direct[step],
+                weights[step] if weights else None, ends[step], ratio,
             )  # fmt: skip
-    return y
+            if weights:
+                partials[step].append(partial)
+        results.append(torch.zeros_like(x) if dy is None else dy)
+    for weight, parts in zip(weights, partials, strict=True):
+        total = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+        results.append(weight.new_zeros(weight.shape) if total is None else total.sum(0))
+    return [t.to(like.dtype) for t, like in zip(results, (*streams, *weights), strict=True)]
 
 
-@torch.library.custom_op("maha::downsample_backward", mutates_args=())
-def _downsample_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, lengths: Tensor | None, ratio: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and of ``weight`` (empty where there is none)."""
-    dy, x = (t if t.stride(-1) == 1 else t.contiguous() for t in (dy, x))
+def _step_backward(
+    dy: Tensor, x: Tensor, direct: Tensor | None, weight: Tensor | None, ends: Tensor | None,
+    ratio: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """From scale ``s + 1`` to ``s``: the gradient of its tokens, and partial ones of the weight."""
+    direct = None if direct is None else _unit_last(direct)
     dx = x.new_empty(x.shape)
     (batch, length, width), coarse = x.shape, dy.shape[1]
     num_tiles = triton.cdiv(triton.cdiv(length, ratio), _TOKENS * _STEPS)
@@ -182,11 +239,11 @@ def _downsample_backward(
     if x.numel():
         with torch.cuda.device_of(x):
             _backward_kernel[(batch * num_tiles * triton.cdiv(width, _CHANNELS),)](
-                dy, x, None if weight is None else weight.contiguous(), dx, partial, lengths,
-                *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2],
+                dy, x, weight, direct, dx, partial, ends, *dy.stride()[:2], *x.stride()[:2],
+                *((0, 0) if direct is None else direct.stride()[:2]), *dx.stride()[:2],
                 length, coarse, width, num_tiles, STEPS=_STEPS, **_constants(weight, ratio),
             )  # fmt: skip
-    return dx, partial.sum(0).to(x.dtype if weight is None else weight.dtype)
+    return dx, partial
 
 
 def _constants(weight: Tensor | None, ratio: int) -> dict[str, int]:
@@ -194,45 +251,65 @@ def _constants(weight: Tensor | None, ratio: int) -> dict[str, int]:
     return {"RATIO": ratio, "TAPS": taps, "TOKENS": _TOKENS, "CHANNELS": _CHANNELS, "num_warps": 8}
 
 
-def _empty_coarse(x: Tensor, weight: Tensor | None, ratio: int, causal: bool) -> Tensor:
-    dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-    batch, length, width = x.shape
-    return x.new_empty(batch, coarse_length(length, ratio, causal=causal), width, dtype=dtype)
+def _unit_last(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@_downsample.register_fake
-def _(x, weight, lengths, ratio, causal):
-    return _empty_coarse(x, weight, ratio, causal)
+def _empty_levels(
+    streams: Sequence[Tensor], weights: Sequence[Tensor], steps: int, ratio: int, causal: bool
+) -> list[list[Tensor]]:
+    """Per stream the scales that it has beyond itself, at most ``steps``."""
+    levels = []
+    for x in streams:
+        dtype = torch.promote_types(x.dtype, weights[0].dtype) if weights else x.dtype
+        batch, length, width = x.shape
+        built = []
+        while len(built) < steps and (coarse := coarse_length(length, ratio, causal=causal)):
+            built.append(x.new_empty(batch, coarse, width, dtype=dtype))
+            length = coarse
+        levels.append(built)
+    return levels
 
 
-@_downsample_backward.register_fake
-def _(dy, x, weight, lengths, ratio, causal):
-    dw = x.new_empty(0, x.shape[2]) if weight is None else weight.new_empty(weight.shape)
-    return x.new_empty(x.shape), dw
+@_build.register_fake
+def _(streams, weights, lengths, steps, ratio, causal):
+    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    return [y for built in levels for y in built]
+
+
+@_build_backward.register_fake
+def _(grads, streams, built, weights, lengths, ratio):
+    return [t.new_empty(t.shape) for t in (*streams, *weights)]
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, lengths, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, lengths)
+    streams, weights, lengths, _, ctx.ratio, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.counts = len(streams), len(weights)
+    ctx.save_for_backward(lengths, *streams, *weights, *output)
 
 
-def _differentiate(ctx, dy):
-    x, weight, lengths = ctx.saved_tensors
-    dx, dw = _downsample_backward(dy, x, weight, lengths, *ctx.options)
-    return dx, None if weight is None else dw, None, None, None
+def _differentiate(ctx, grads):
+    lengths, *saved = ctx.saved_tensors
+    streams, weights = ctx.counts
+    gradients = _build_backward(
+        grads, saved[:streams], saved[streams + weights :], saved[streams : streams + weights],
+        lengths, ctx.ratio,
+    )  # fmt: skip
+    return gradients[:streams], gradients[streams:], None, None, None, None
 
 
-_downsample.register_autograd(_differentiate, setup_context=_save)
+_build.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.maha.downsample)
-def _forward_flops(x_shape, weight_shape, lengths, ratio, causal, out_shape=None, **_) -> int:
-    taps = ratio if weight_shape is None else weight_shape[0]
-    return 2 * taps * coarse_length(x_shape[1], ratio, causal=causal) * x_shape[0] * x_shape[2]
+@register_flop_formula(torch.ops.maha.pyramid, get_raw=True)
+def _forward_flops(streams, weights, lengths, steps, ratio, causal, out_val=None, **_) -> int:
+    taps = weights[0].shape[0] if weights else ratio
+    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    return 2 * taps * sum(y.numel() for built in levels for y in built)
 
 
-@register_flop_formula(torch.ops.maha.downsample_backward)
-def _backward_flops(dy_shape, x_shape, weight_shape, *_, **__) -> int:
+@register_flop_formula(torch.ops.maha.pyramid_backward, get_raw=True)
+def _backward_flops(grads, streams, built, weights, *_, out_val=None, **__) -> int:
     """One product a tap for ``dx``, one for ``dw``."""
-    taps = 1 if weight_shape is None else 2 * weight_shape[0]
-    return 2 * taps * dy_shape[0] * dy_shape[1] * dy_shape[2]
+    return 2 * (2 * weights[0].shape[0] if weights else 1) * sum(y.numel() for y in built)

@@ -60,7 +60,7 @@ def _rotate(x: Tensor, table: Tensor) -> list[Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
     outputs = _empty_parts(x)
     for part, y in zip(x.unbind(2), outputs, strict=True):
-        _launch(part.transpose(1, 2), table, y, 1.0)
+        turn(part.transpose(1, 2), table, y, 1.0)
     return outputs
 
 
@@ -69,12 +69,15 @@ def _rotate_backward(grads: list[Tensor], table: Tensor) -> Tensor:
     dx = _empty_packed(grads)
     for grad, part in zip(grads, dx.unbind(2), strict=True):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        _launch(grad, table, part.transpose(1, 2), -1.0)
+        turn(grad, table, part.transpose(1, 2), -1.0)
     return dx
 
 
-def _launch(x: Tensor, table: Tensor, y: Tensor, sign: float) -> None:
-    """Rotate ``x`` into ``y``, both ``[B, H, N, K]``."""
+def turn(x: Tensor, table: Tensor, y: Tensor, sign: float) -> None:
+    """Rotate ``x`` into ``y`` (which may be ``x``), both ``[B, H, N, K]`` with unit last stride.
+
+    ``sign`` -1 is the adjoint. The table may be longer than the sequence.
+    """
     table = table.contiguous()
     batch, heads, length, half = *x.shape[:3], x.shape[3] // 2
     num_tiles = triton.cdiv(length * heads, _ROWS)

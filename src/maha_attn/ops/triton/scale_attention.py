@@ -1,12 +1,16 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton compiles the kernels below; their Python types say nothing.)
-"""Kernels for the attention of one scale: forward, and two backward passes without atomics.
+"""Kernels for the attention of every scale: forward, and two backward passes without atomics.
 
 Letters as in `maha_attn.ops.scale_attention`. Query ``i`` stands at key ``e_i`` and sees the keys
 ``e_i - back … e_i + ahead``: a window, a full span, causal or not, differ in two numbers, and
 ``stride`` (queries to a key) only changes where a query stands. So a tile of contiguous queries
 sees one range of keys, which is cut into tiles that need a mask and tiles that need none; tiles
 outside are never visited.
+
+Rotary embedding rides along: queries are turned where they are loaded, the gradients of queries and
+keys are turned back where they are stored, and only the keys, which many tiles read, are turned by
+a kernel of their own (`maha_attn.ops.triton.rotary`).
 
 Deliberate: all softmax arithmetic is fp32 in base 2; offsets from a tensor's start are 64-bit,
 within a tile 32-bit; outputs and gradients are written as ``[B, N, H, K]`` memory, as the
@@ -15,6 +19,7 @@ repeat bit for bit.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from maha_attn.ops.triton.rotary import turn
 
 NARROW_KEYS = 256
 """Spans up to here have hardly an unmasked tile: one masked loop serves them best."""
@@ -93,6 +100,41 @@ def _store(ptr, first, end, stride, x, WIDTH: tl.constexpr):
     rows, columns, mask = _inside(first, end, x.shape[0], WIDTH, x.shape[1])
     start = ptr + tl.cast(first, tl.int64) * stride
     tl.store(start + rows * stride + columns, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _angles(table_ptr, first, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Cosines and sines ``[ROWS, COLUMNS]`` of a table ``[n, 2, WIDTH]`` (cos, cos, -sin, sin)."""
+    HALF: tl.constexpr = WIDTH // 2
+    rows, columns, mask = _inside(first, end, ROWS, WIDTH, COLUMNS)
+    start = table_ptr + tl.cast(first, tl.int64) * (2 * WIDTH) + rows * (2 * WIDTH)
+    angle = columns % HALF  # Half the table says it all, and is read from a cache.
+    cos = tl.load(start + angle, mask=mask, other=0.0)
+    sin = tl.load(start + (WIDTH + HALF) + angle, mask=mask, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _turn(x, ptr, stride, table_ptr, first, end, WIDTH: tl.constexpr):
+    """Rotate the tile ``x``, loaded from ``ptr``: the other halves are read again, from a cache."""
+    HALF: tl.constexpr = WIDTH // 2
+    rows, columns, mask = _inside(first, end, x.shape[0], WIDTH, x.shape[1])
+    other = tl.where(columns < HALF, columns + HALF, columns - HALF)
+    start = ptr + tl.cast(first, tl.int64) * stride
+    swapped = tl.load(start + rows * stride + other, mask=mask, other=0.0).to(tl.float32)
+    cos, sin = _angles(table_ptr, first, end, x.shape[0], WIDTH, x.shape[1])
+    sin = tl.where(columns < HALF, -sin, sin)
+    return (x.to(tl.float32) * cos + swapped * sin).to(x.dtype)
+
+
+@triton.jit
+def _turn_back(x, table_ptr, first, end, WIDTH: tl.constexpr):
+    """The adjoint rotation of a tile of fp32 sums."""
+    HALF: tl.constexpr = WIDTH // 2
+    left, right = tl.split(tl.permute(tl.reshape(x, x.shape[0], 2, HALF), 0, 2, 1))
+    cos, sin = _angles(table_ptr, first, end, x.shape[0], WIDTH, HALF)
+    turned = tl.join(left * cos + right * sin, right * cos - left * sin)
+    return tl.reshape(tl.permute(turned, 0, 2, 1), x.shape[0], WIDTH)
 
 
 @triton.jit
@@ -178,13 +220,17 @@ def _limits(queries, num_keys, stride, back, ahead, LEAD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "batch", "back", "ahead"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, table_ptr, turned_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     num_queries, num_keys, num_heads, num_tiles, batch, stride, back, ahead, scale,
     LEAD: tl.constexpr, NARROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries: its outputs by online softmax, and its base-2 log-sum-exp."""
+    """One tile of queries: its outputs by online softmax, and its base-2 log-sum-exp.
+
+    With a rotary table, the rotated queries are used, and kept in ``turned_ptr`` (laid out as the
+    outputs) where that is given.
+    """
     row, head, tile = _locate(num_heads, num_tiles, batch, NARROW)
     if lengths_ptr is not None:
         num_keys = tl.minimum(num_keys, tl.load(lengths_ptr + row).to(tl.int32))
@@ -198,6 +244,10 @@ def _forward_kernel(
     first_key, last_key = _limits(queries, num_keys, stride, back, ahead, LEAD)
     cut = _key_range(first, num_queries, num_keys, stride, back, ahead, QUERIES, KEYS, LEAD)
     q = _load(q_ptr, first, num_queries, q_n, QUERIES, WIDTH, PADDED)
+    if table_ptr is not None:
+        q = _turn(q, q_ptr, q_n, table_ptr, first, num_queries, WIDTH)
+        if turned_ptr is not None:
+            _store(turned_ptr + row * o_b + head * o_h, first, num_queries, o_n, q, WIDTH)
     acc = tl.zeros([QUERIES, PADDED], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     # A finite start: exp2(-inf - top) is 0 also while a query has seen no key.
@@ -226,14 +276,17 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "batch", "back", "ahead"])
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, lengths_ptr, table_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     o_b, o_h, o_n, do_b, do_h, do_n, dq_b, dq_h, dq_n,
     num_queries, num_keys, num_heads, num_tiles, batch, stride, back, ahead, scale, softmax_scale,
     LEAD: tl.constexpr, NARROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries: ``dQ = dS K``, and ``delta = Σ o·do`` for `_keys_kernel`, run next."""
+    """One tile of queries: ``dQ = dS K``, and ``delta = Σ o·do`` for `_keys_kernel`, run next.
+
+    ``q`` and ``k`` are rotated; with a table, the gradient is that of the queries before.
+    """
     row, head, tile = _locate(num_heads, num_tiles, batch, NARROW)
     if lengths_ptr is not None:
         num_keys = tl.minimum(num_keys, tl.load(lengths_ptr + row).to(tl.int32))
@@ -269,12 +322,14 @@ def _queries_kernel(
             p = tl.exp2(scores - lse[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if table_ptr is not None:
+        dq = _turn_back(dq, table_ptr, first, num_queries, WIDTH)
     _store(dq_ptr, first, num_queries, dq_n, dq * softmax_scale, WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "batch", "back", "ahead"])
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, lengths_ptr, table_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     do_b, do_h, do_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     num_queries, num_keys, num_heads, num_tiles, batch, stride, back, ahead, scale, softmax_scale,
@@ -324,9 +379,69 @@ def _keys_kernel(
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if table_ptr is not None:
+        dk = _turn_back(dk, table_ptr, first, all_keys, WIDTH)
     real = keys < num_keys
     _store(dk_ptr, first, all_keys, dk_n, tl.where(real, dk * softmax_scale, 0.0), WIDTH)
     _store(dv_ptr, first, all_keys, dv_n, tl.where(real, dv, 0.0), WIDTH)
+
+
+class _Scale(NamedTuple):
+    """What one scale's launches need to know.
+
+    ``back`` and ``ahead``: how many keys before and after its own key a query sees; ``stride``:
+    queries to a key.
+    """
+
+    back: int
+    ahead: int
+    stride: int
+
+
+def _span(window: int | None, num_keys: int, causal: bool) -> tuple[int, int]:
+    """``back`` and ``ahead`` of a window."""
+    if window is None:
+        return num_keys, 0 if causal else num_keys
+    back, ahead = (window - 1, 0) if causal else (window // 2, window // 2)
+    return min(back, num_keys), min(ahead, num_keys)
+
+
+def multiscale_attention(
+    qs: Sequence[Tensor],
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    windows: Sequence[int | None],
+    strides: Sequence[int],
+    causal: bool,
+    lengths: Sequence[Tensor] = (),
+    query_tables: Sequence[Tensor] = (),
+    key_table: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`maha_attn.ops.multiscale_attention.multiscale_attention` by kernels, differentiable once.
+
+    Any strides but the last, which is made 1 by a copy where it is not. The outputs lie in memory
+    as ``[B, N, H, K]``. A query without a visible key gives zeros (also in a row of length 0).
+
+    Numerics: rotations in fp32, rounded to the inputs' dtype; bf16 and fp16 products summed in
+    fp32, probabilities rounded to the inputs' dtype; fp32 products as three tf32 products each
+    (errors near 1e-6).
+    """
+    spans = [_span(w, k.shape[2], causal) for w, k in zip(windows, ks, strict=True)]
+    results = _attend(
+        [_unit_last(t) for t in qs],
+        [_unit_last(t) for t in ks],
+        [_unit_last(t) for t in vs],
+        list(query_tables),
+        key_table,
+        list(lengths),
+        [back for back, _ in spans],
+        [ahead for _, ahead in spans],
+        list(strides),
+        causal,
+    )
+    scales = len(qs)
+    return results[:scales], results[3 * scales :] or list(ks)
 
 
 def scale_attention(
@@ -339,87 +454,116 @@ def scale_attention(
     stride: int = 1,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """`maha_attn.ops.scale_attention.scale_attention` by kernels, differentiable once.
+    """`maha_attn.ops.scale_attention.scale_attention`: `multiscale_attention` of one scale."""
+    given = () if lengths is None else (lengths,)
+    outputs, _ = multiscale_attention(
+        [q], [k], [v], windows=[window], strides=[stride], causal=causal, lengths=given
+    )
+    return outputs[0]
 
-    Any strides but the last, which is made 1 by a copy where it is not. The output lies in memory
-    as ``[B, N, H, K]``. A query without a visible key gives zeros (also in a row of length 0).
 
-    Numerics: bf16 and fp16 products summed in fp32, probabilities rounded to the inputs' dtype;
-    fp32 products as three tf32 products each (errors near 1e-6).
+@torch.library.custom_op("maha::multiscale_attention", mutates_args=())
+def _attend(
+    qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor],
+    query_tables: Sequence[Tensor], key_table: Tensor | None, lengths: Sequence[Tensor],
+    backs: Sequence[int], aheads: Sequence[int], strides: Sequence[int], causal: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Of every scale, the outputs; then base-2 log-sum-exps; with tables, rotated queries and keys.
+
+    ``lengths``: none, or ``[B]`` of every scale.
     """
-    num_keys = k.shape[2]
-    if window is None:
-        back, ahead = num_keys, 0 if causal else num_keys
-    else:
-        back, ahead = (window - 1, 0) if causal else (window // 2, window // 2)
-        back, ahead = min(back, num_keys), min(ahead, num_keys)
-    return _attention(q, k, v, lengths, back, ahead, causal, stride)[0]
+    outputs, lses, turned_q, turned_k = _empty_results(qs, ks, query_tables)
+    for s, scale in enumerate(map(_Scale, backs, aheads, strides)):
+        q, k = qs[s], ks[s]
+        if key_table is not None:
+            turn(k, key_table, turned_k[s], 1.0)
+            k = turned_k[s]
+        (batch, heads, length, width), num_keys = q.shape, k.shape[2]
+        cut = _tiles("forward", _is_narrow(scale), width, q.dtype)
+        num_tiles = triton.cdiv(length, cut.queries)
+        with torch.cuda.device_of(q):
+            _forward_kernel[(num_tiles * heads * batch,)](
+                q, k, vs[s], outputs[s], lses[s], lengths[s] if lengths else None,
+                query_tables[s] if query_tables else None, turned_q[s] if turned_q else None,
+                *q.stride()[:3], *k.stride()[:3], *vs[s].stride()[:3], *outputs[s].stride()[:3],
+                length, num_keys, heads, num_tiles, batch, scale.stride, scale.back, scale.ahead,
+                math.log2(math.e) / math.sqrt(width), **_constants(q, causal, scale, cut),
+            )  # fmt: skip
+    return [*outputs, *lses, *turned_q, *turned_k]
 
 
-@torch.library.custom_op("maha::scale_attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
-    back: int, ahead: int, causal: bool, stride: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output ``[B, H, N, K]`` and base-2 log-sum-exp ``[B, H, N]``."""
-    q, k, v = (_unit_last(t) for t in (q, k, v))
-    o, lse = _empty_outputs(q)
-    (batch, heads, length, width), num_keys = q.shape, k.shape[2]
-    narrow = back + ahead < NARROW_KEYS
-    scale = math.log2(math.e) / math.sqrt(width)
-    cut = _tiles("forward", narrow, width, q.dtype)
-    num_tiles = triton.cdiv(length, cut.queries)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(num_tiles * heads * batch,)](
-            q, k, v, o, lse, lengths,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-            length, num_keys, heads, num_tiles, batch, stride, back, ahead, scale,
-            **_constants(q, causal, narrow, cut),
+@torch.library.custom_op("maha::multiscale_attention_backward", mutates_args=())
+def _attend_backward(
+    dos: Sequence[Tensor | None], qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor],
+    outputs: Sequence[Tensor], lses: Sequence[Tensor],
+    query_tables: Sequence[Tensor], key_table: Tensor | None, lengths: Sequence[Tensor],
+    backs: Sequence[int], aheads: Sequence[int], strides: Sequence[int], causal: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of all queries, then keys, then values; ``qs`` and ``ks`` are the rotated ones."""
+    gradients = _empty_gradients(qs, ks, vs)
+    for s, scale in enumerate(map(_Scale, backs, aheads, strides)):
+        q, k, v, do = qs[s], ks[s], vs[s], dos[s]
+        dq, dk, dv = gradients[s :: len(qs)]
+        if do is None:
+            for gradient in (dq, dk, dv):
+                gradient.zero_()
+            continue
+        do = _unit_last(do)
+        table = query_tables[s] if query_tables else None
+        _launch_backward(
+            q, k, v, outputs[s], do, lses[s], lengths[s] if lengths else None, dq, dk, dv,
+            table, key_table, scale, causal,
         )  # fmt: skip
-    return o, lse
+    return gradients
 
 
-@torch.library.custom_op("maha::scale_attention_backward", mutates_args=())
-def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    lengths: Tensor | None, back: int, ahead: int, causal: bool, stride: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `_attention`'s inputs."""
-    do, q, k, v = (_unit_last(t) for t in (do, q, k, v))
-    dq, dk, dv = (_empty_like(t) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+def _launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, query_table: Tensor | None, key_table: Tensor | None,
+    scale: _Scale, causal: bool,
+) -> None:  # fmt: skip
+    """Both backward passes of one scale."""
     (batch, heads, length, width), num_keys = q.shape, k.shape[2]
-    narrow = back + ahead < NARROW_KEYS
+    delta = torch.empty_like(lse)
     softmax_scale = 1 / math.sqrt(width)
-    scale = math.log2(math.e) * softmax_scale
+    # A tile's halves can be split in registers where the width is a power of 2.
+    inside = width == triton.next_power_of_2(width) and width >= 16
+    numbers = (scale.stride, scale.back, scale.ahead, math.log2(math.e) * softmax_scale)
     with torch.cuda.device_of(q):
-        cut = _tiles("queries", narrow, width, q.dtype)
+        cut = _tiles("queries", _is_narrow(scale), width, q.dtype)
         num_tiles = triton.cdiv(length, cut.queries)
         _queries_kernel[(num_tiles * heads * batch,)](
-            q, k, v, o, do, dq, lse, delta, lengths,
+            q, k, v, o, do, dq, lse, delta, lengths, query_table if inside else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3],
-            length, num_keys, heads, num_tiles, batch, stride, back, ahead, scale, softmax_scale,
-            **_constants(q, causal, narrow, cut),
+            length, num_keys, heads, num_tiles, batch, *numbers, softmax_scale,
+            **_constants(q, causal, scale, cut),
         )  # fmt: skip
-        cut = _tiles("keys", narrow, width, q.dtype)
+        cut = _tiles("keys", _is_narrow(scale), width, q.dtype)
         num_tiles = triton.cdiv(num_keys, cut.keys)
         if num_keys:
             _keys_kernel[(num_tiles * heads * batch,)](
-                q, k, v, do, dk, dv, lse, delta, lengths,
+                q, k, v, do, dk, dv, lse, delta, lengths, key_table if inside else None,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-                length, num_keys, heads, num_tiles, batch, stride, back, ahead,
-                scale, softmax_scale, **_constants(q, causal, narrow, cut),
+                length, num_keys, heads, num_tiles, batch, *numbers, softmax_scale,
+                **_constants(q, causal, scale, cut),
             )  # fmt: skip
-    return dq, dk, dv
+    if not inside:
+        for gradient, table in ((dq, query_table), (dk, key_table)):
+            if table is not None:
+                turn(gradient, table, gradient, -1.0)
 
 
-def _constants(q: Tensor, causal: bool, narrow: bool, cut: _Tiles) -> dict[str, object]:
+def _is_narrow(scale: _Scale) -> bool:
+    return scale.back + scale.ahead < NARROW_KEYS
+
+
+def _constants(q: Tensor, causal: bool, scale: _Scale, cut: _Tiles) -> dict[str, object]:
     """What a kernel is compiled for, the same for all three."""
     return {
         "LEAD": int(causal),
-        "NARROW": narrow,
+        "NARROW": _is_narrow(scale),
         "QUERIES": cut.queries,
         "KEYS": cut.keys,
         "WIDTH": q.shape[-1],
@@ -441,44 +585,64 @@ def _empty_like(t: Tensor) -> Tensor:
     return t.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_results(
+    qs: Sequence[Tensor], ks: Sequence[Tensor], query_tables: Sequence[Tensor]
+) -> tuple[list[Tensor], ...]:
+    """Outputs, log-sum-exps, and, with tables, rotated queries and keys."""
+    lses = [q.new_empty(q.shape[:3], dtype=torch.float32) for q in qs]
+    turned = ([_empty_like(t) for t in ts] if query_tables else [] for ts in (qs, ks))
+    return [_empty_like(q) for q in qs], lses, *turned
 
 
-@_attention.register_fake
-def _(q, k, v, lengths, back, ahead, causal, stride):
-    return _empty_outputs(q)
+def _empty_gradients(
+    qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor]
+) -> list[Tensor]:
+    return [_empty_like(t) for t in (*qs, *ks, *vs)]
 
 
-@_attention_backward.register_fake
-def _(do, q, k, v, o, lse, lengths, back, ahead, causal, stride):
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+@_attend.register_fake
+def _(qs, ks, vs, query_tables, key_table, lengths, backs, aheads, strides, causal):
+    return [t for results in _empty_results(qs, ks, query_tables) for t in results]
+
+
+@_attend_backward.register_fake
+def _(
+    dos, qs, ks, vs, outputs, lses, query_tables, key_table, lengths, backs, aheads, strides, causal
+):
+    return _empty_gradients(qs, ks, vs)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, lengths, *ctx.options = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
+    qs, ks, vs, query_tables, key_table, lengths, *ctx.options = inputs
+    scales = ctx.scales = len(qs)
+    ctx.mark_non_differentiable(*output[scales:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse, lengths)
+    if query_tables:
+        qs, ks = output[2 * scales : 3 * scales], output[3 * scales :]
+    ctx.save_for_backward(*qs, *ks, *vs, *output[: 2 * scales], key_table, *query_tables, *lengths)
+    ctx.tables = len(query_tables)
 
 
-def _differentiate(ctx, do, _):
-    if do is None:
-        return (None,) * 8
-    *tensors, lengths = ctx.saved_tensors
-    return *_attention_backward(do, *tensors, lengths, *ctx.options), *(None,) * 5
+def _differentiate(ctx, grads):
+    saved, scales = ctx.saved_tensors, ctx.scales
+    qs, ks, vs, outputs, lses = (saved[i * scales : (i + 1) * scales] for i in range(5))
+    key_table, *rest = saved[5 * scales :]
+    gradients = _attend_backward(
+        grads[:scales], qs, ks, vs, outputs, lses,
+        rest[: ctx.tables], key_table, rest[ctx.tables :], *ctx.options,
+    )  # fmt: skip
+    dqs, dks, dvs = (gradients[i * scales : (i + 1) * scales] for i in range(3))
+    return dqs, dks, dvs, [None] * ctx.tables, None, [None] * len(rest[ctx.tables :]), *(None,) * 4
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+_attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def executed_pairs(
-    kernel: str, q: Tensor, k: Tensor, back: int, ahead: int, causal: bool, stride: int
-) -> int:
+def executed_pairs(kernel: str, q: Tensor, k: Tensor, scale: _Scale, causal: bool) -> int:
     """Query-key pairs of all tiles that a kernel visits (``lengths`` not regarded)."""
     (batch, heads, length, width), num_keys = q.shape, k.shape[2]
-    cut = _tiles(kernel, back + ahead < NARROW_KEYS, width, q.dtype)
+    back, ahead, stride = scale
+    cut = _tiles(kernel, _is_narrow(scale), width, q.dtype)
     lead = int(causal)
     pairs = 0
     if kernel == "keys":
@@ -496,14 +660,24 @@ def executed_pairs(
     return batch * heads * pairs
 
 
-@register_flop_formula(torch.ops.maha.scale_attention, get_raw=True)
-def _forward_flops(q, k, v, lengths, *options, out_val=None, **_) -> int:
-    return 4 * q.shape[-1] * executed_pairs("forward", q, k, *options)
+def _pairs(kernel: str, qs, ks, backs, aheads, strides, causal) -> int:
+    """`executed_pairs` of all scales."""
+    scales = map(_Scale, backs, aheads, strides)
+    return sum(
+        executed_pairs(kernel, q, k, scale, causal)
+        for q, k, scale in zip(qs, ks, scales, strict=True)
+    )
 
 
-@register_flop_formula(torch.ops.maha.scale_attention_backward, get_raw=True)
-def _backward_flops(do, q, k, v, o, lse, lengths, *options, out_val=None, **_) -> int:
+@register_flop_formula(torch.ops.maha.multiscale_attention, get_raw=True)
+def _forward_flops(qs, ks, vs, query_tables, key_table, lengths, *options, out_val=None, **_):
+    return 4 * qs[0].shape[-1] * _pairs("forward", qs, ks, *options)
+
+
+@register_flop_formula(torch.ops.maha.multiscale_attention_backward, get_raw=True)
+def _backward_flops(
+    dos, qs, ks, vs, outputs, lses, query_tables, key_table, lengths, *options, out_val=None, **_
+):
     """Three products a pair for the queries, four for the keys: two are computed twice."""
-    width = q.shape[-1]
-    queries, keys = (executed_pairs(kernel, q, k, *options) for kernel in ("queries", "keys"))
-    return width * (6 * queries + 8 * keys)
+    queries, keys = (_pairs(kernel, qs, ks, *options) for kernel in ("queries", "keys"))
+    return qs[0].shape[-1] * (6 * queries + 8 * keys)

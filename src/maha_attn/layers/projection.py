@@ -1,0 +1,65 @@
+"""Several projections of the same tokens: one pass over their gradient."""
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def project(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """``[module(x) for module in modules]``, with a cheaper gradient for ``x``.
+
+    Autograd adds the gradients that ``x`` gets from each module by passes of their own; where all
+    are plain linear layers without bias, each product is added to the sum before it as it is made.
+    Anything else (a bias, an adapter, a hook) is called as it is.
+    """
+    compiled = torch.compiler.is_compiling()  # The compiler fuses the sums by itself.
+    plain = [module.weight for module in modules if _is_plain(module)]
+    if compiled or len(modules) < 2 or len(plain) < len(modules):
+        return [module(x) for module in modules]
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x, *plain = (t.to(torch.get_autocast_dtype(device)) for t in (x, *plain))
+    return list(_Project.apply(x, *plain))  # pyright: ignore[reportArgumentType]
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Does calling ``module`` do nothing but ``xWᵀ``?"""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and not hooks
+        and "forward" not in vars(module)
+    )
+
+
+class _Project(torch.autograd.Function):
+    """``(xW_1ᵀ, xW_2ᵀ, …)``; ``x̄ = Σ ȳ_i W_i`` summed by the products themselves."""
+
+    @staticmethod
+    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *weights = ctx.saved_tensors
+        tokens = x.flatten(0, -2)
+        dx, dws = None, []
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            dws.append(None)
+            if grad is None:
+                continue
+            grad = grad.flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            if ctx.needs_input_grad[1 + i]:
+                dws[i] = grad.mT @ tokens
+        return None if dx is None else dx.view_as(x), *dws
