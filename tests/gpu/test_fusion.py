@@ -60,7 +60,8 @@ def run(fuse, outputs, options, dtype=None):
 
 
 def error(a, truth):
-    return (a.double() - truth).norm() / truth.norm().clamp(min=1e-6)
+    """Relative to the truth's size; absolute where that is nothing but rounding."""
+    return (a.double() - truth).norm() / truth.norm().clamp(min=1e-2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from maha_attn.layers import decoding
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.fusion import ScaleFusion
-from maha_attn.layers.projection import project
+from maha_attn.layers.projection import autocast, project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.ops.fusion import Fused
 from maha_attn.ops.multiscale_attention import multiscale_attention
@@ -94,6 +94,7 @@ class MultiscaleAttention(nn.Module):
             ValueError: A shape is not as above, or ``cache`` is used in a bidirectional layer.
         """
         self._check(x, padding_mask, cache)
+        x = autocast(x)
         lengths = order = None
         if padding_mask is not None:
             lengths = padding_mask.sum(1)
@@ -131,16 +132,19 @@ class MultiscaleAttention(nn.Module):
         """The whole sequence at once; real tokens stand at the front of their rows."""
         spec = self.spec
         problem = [] if self.fusion is None else self.fusion.projections
-        # Where queries and keys of the finest scale come from the tokens as they are, they share
-        # the pass over the tokens' gradient with the other projections.
-        finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
-        base, *projected = project(x, [self.v_proj, *problem, *finest])
-        projected, finest = projected[: len(problem)], projected[len(problem) :]
-        values = base if lengths is None else zero_beyond(base, lengths)
-        if spec.recompute and spec.num_scales > 1 and cache is None and torch.is_grad_enabled():
-            outputs = self._recomputed(x, values, finest, lengths)
+        table = self.table(torch.arange(x.shape[1], device=x.device))
+        if spec.recompute and cache is None and torch.is_grad_enabled():
+            base, *projected = project(x, [self.v_proj, *problem])
+            values = base if lengths is None else zero_beyond(base, lengths)
+            outputs = self._recomputed(x, values, table, lengths)
         else:
-            outputs = self._outputs(x, values, finest, lengths, cache, counts)
+            # Where queries and keys of the finest scale come from the tokens as they are, they
+            # share the pass over the tokens' gradient with the other projections.
+            finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
+            base, *projected = project(x, [self.v_proj, *problem, *finest])
+            projected, finest = projected[: len(problem)], projected[len(problem) :]
+            values = base if lengths is None else zero_beyond(base, lengths)
+            outputs = self._outputs(x, values, finest, table, lengths, cache, counts)
         if self.fusion is None:
             return outputs[0].transpose(1, 2).flatten(2), None
         heads = self.split(base).transpose(1, 2)
@@ -152,6 +156,7 @@ class MultiscaleAttention(nn.Module):
         x: Tensor,
         base: Tensor,
         finest: list[Tensor],
+        table: Tensor,
         lengths: Tensor | None,
         cache: AttentionCache | None,
         counts: list[int] | None,
@@ -163,7 +168,10 @@ class MultiscaleAttention(nn.Module):
         scales, values = self.pyramid.scales([x, base], lengths)
         gated = self.pyramid.gated(scales)
         features = self.pyramid.convolved(gated, lengths)
-        outputs, keys = self._attend(range(len(scales)), features, values, lengths, finest)
+        outputs, keys = self._attend(range(1), features, values, table, lengths, finest)
+        # Apart and last, so that the backward pass has done with them before the finest's.
+        coarse = self._attend(range(1, len(scales)), features, values, table, lengths)
+        outputs, keys = outputs + coarse[0], keys + coarse[1]
         if cache is not None:
             assert counts is not None
             decoding.fill(
@@ -172,41 +180,44 @@ class MultiscaleAttention(nn.Module):
         return outputs
 
     def _recomputed(
-        self, x: Tensor, base: Tensor, finest: list[Tensor], lengths: Tensor | None
+        self, x: Tensor, base: Tensor, table: Tensor, lengths: Tensor | None
     ) -> list[Tensor]:
-        """`_outputs`, keeping nothing of the coarse scales but their outputs."""
-        if finest:
-            features = [x]
-        else:
-            (scales,) = self.pyramid.scales([x], lengths)
-            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
-        outputs, _ = self._attend(range(1), features, [base], lengths, finest)
+        """`_outputs`, keeping nothing of the coarse scales but their outputs.
+
+        The finest scale comes last: the backward pass lets go of it before the others are rebuilt.
+        """
 
         def coarse(x: Tensor, base: Tensor) -> list[Tensor]:
             scales, values = self.pyramid.scales([x, base], lengths)
             features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
-            return self._attend(range(1, len(scales)), features, values, lengths)[0]
+            return self._attend(range(1, len(scales)), features, values, table, lengths)[0]
 
         rebuilt = checkpoint(coarse, x, base, use_reentrant=False, preserve_rng_state=False)
-        return outputs + rebuilt  # pyright: ignore[reportOperatorIssue]
+        features = [x]
+        if self.spec.gating or self.spec.dilation:
+            (scales,) = self.pyramid.scales([x], lengths)
+            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
+        outputs, _ = self._attend(range(1), features, [base], table, lengths)
+        return [*outputs, *rebuilt]  # pyright: ignore[reportGeneralTypeIssues]
 
     def _attend(
         self,
         chosen: range,
         features: list[Tensor],
         values: list[Tensor],
+        table: Tensor,
         lengths: Tensor | None,
         finest: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and rotated keys of the ``chosen`` scales, of every scale's features and values.
 
-        ``finest``: queries and keys of the finest scale, where they are known already.
+        ``table``: rotary, of the layer's tokens; ``finest``: queries and keys of the finest scale,
+        where they are known already.
         """
         spec = self.spec
         if not chosen:
             return [], []
         tokens = torch.arange(features[0].shape[1], device=features[0].device)
-        table = self.table(tokens)
         queries, keys, tables = [], [], []
         for s in chosen:
             fine = spec.queries == "fine" and s > 0

@@ -19,10 +19,17 @@ def project(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     plain = [module.weight for module in modules if _is_plain(module)]
     if compiled or len(modules) < 2 or len(plain) < len(modules):
         return [module(x) for module in modules]
+    return list(_Project.apply(*map(autocast, (x, *plain))))  # pyright: ignore[reportArgumentType]
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast, where it is on, gives to a projection's operands."""
     device = x.device.type
+    if x.dtype == torch.float64:
+        return x
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x, *plain = (t.to(torch.get_autocast_dtype(device)) for t in (x, *plain))
-    return list(_Project.apply(x, *plain))  # pyright: ignore[reportArgumentType]
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

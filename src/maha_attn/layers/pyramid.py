@@ -63,7 +63,7 @@ class ScalePyramid(nn.Module):
         spec = self.spec
         return ops.build(
             streams,
-            [weight.to(streams[0].dtype) for weight in self.down],
+            list(self.down),
             steps=spec.num_scales - 1,
             ratio=spec.ratio,
             method=spec.downsample,

@@ -58,7 +58,8 @@ def build(
 
     Args:
         streams: ``[B, N, D]`` each, zero at the tokens beyond a row's length.
-        weights: One operator a step, as in `combine`; none for ``max`` and ``mean``.
+        weights: One operator a step, as in `combine`, in any dtype: a scale has its stream's. None
+            for ``max`` and ``mean``.
         steps: Scales beyond the first, as far as the length allows.
         ratio, method, causal, lengths: As in `downsample`; ``lengths`` of the first scale.
         backend: ``auto``, ``torch`` or ``triton``; ``conv`` and ``mean`` have a kernel, and all
@@ -77,7 +78,7 @@ def build(
     for x in streams:
         scales, ends = [x], lengths
         for step in range(steps):
-            weight = weights[step] if weights else None
+            weight = weights[step].to(x.dtype) if weights else None
             coarser = downsample(
                 scales[-1], weight, ratio=ratio, method=method, causal=causal, lengths=ends
             )

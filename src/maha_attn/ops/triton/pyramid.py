@@ -6,7 +6,8 @@ Letters as in `maha_attn.ops.pyramid`. Tokens stay where the projections want th
 a program takes a tile of coarse tokens and channels and reads the fine tokens that its taps reach,
 so nothing is transposed, padded or unfolded in memory. The backward pass writes each fine token's
 gradient once, and one partial weight gradient for each strip of tiles, summed afterwards in a fixed
-order.
+order. A warp holds 256 channels of every token of its tile, so that summing over tokens crosses no
+warp.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.pyramid import coarse_length
 
-_TOKENS, _CHANNELS = 4, 512  # Of a tile.
-_STEPS = 8  # Tiles of a strip: as many coarse tokens share one partial weight gradient.
+_TOKENS, _CHANNELS = 2, 1024  # Of a tile.
+_STEPS = 16  # Tiles of a strip: as many coarse tokens share one partial weight gradient.
 
 
 @triton.jit
@@ -111,8 +112,8 @@ def _backward_kernel(
     if weight_ptr is not None:
         for tap in tl.static_range(TAPS):
             weights = weights + (_weight(weight_ptr, tap, channels, width),)  # noqa: RUF005
-            sums = sums + (tl.zeros([TOKENS, CHANNELS], tl.float32),)  # noqa: RUF005
-    for step in tl.static_range(STEPS):
+            sums = sums + (tl.zeros([1, CHANNELS], tl.float32),)  # noqa: RUF005
+    for step in tl.range(STEPS):
         tokens = first + step * TOKENS
         dys = ()  # of the coarse tokens j, j + 1, … that have a tap in block j
         for later in tl.static_range((TAPS - 1) // RATIO + 1):
@@ -136,12 +137,11 @@ def _backward_kernel(
             for tap in tl.static_range(TAPS):
                 fine = tokens * RATIO + (RATIO - TAPS + tap)
                 x = _tokens(x_ptr, fine, channels, 0, length, x_n, width)
-                sums = sums + (old[tap] + dys[0] * x,)  # noqa: RUF005
+                sums = sums + (old[tap] + tl.sum(dys[0] * x, 0)[None, :],)  # noqa: RUF005
     if weight_ptr is not None:
         partial_ptr += (row * num_tiles + tile) * TAPS * width + channels
         for tap in tl.static_range(TAPS):
-            total = tl.sum(sums[tap], 0)[None, :]
-            tl.store(partial_ptr + tap * width, total, mask=channels < width)
+            tl.store(partial_ptr + tap * width, sums[tap], mask=channels < width)
 
 
 def build(
@@ -155,7 +155,7 @@ def build(
 ) -> list[list[Tensor]]:
     """`maha_attn.ops.pyramid.build` for ``conv`` and ``mean`` (no weights), differentiable once.
 
-    Numerics: products and sums in fp32, stored in the wider dtype of tokens and weights.
+    Numerics: products and sums in fp32, stored in the dtype of the tokens.
     """
     built = _build(
         [_unit_last(x) for x in streams],
@@ -175,17 +175,17 @@ def _build(
     steps: int, ratio: int, causal: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Every coarser scale of the first stream, then of the next, and so on."""
-    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    levels = _empty_levels(streams, steps, ratio, causal)
     for x, built in zip(streams, levels, strict=True):
         for step, y in enumerate(built):
             weight = weights[step] if weights else None
             ends = None if lengths is None else -(-lengths // ratio**step)
-            (batch, length, width), coarse = x.shape, y.shape[1]
+            length, coarse = x.shape[1], y.shape[1]
             num_tiles = triton.cdiv(coarse, _TOKENS)
             with torch.cuda.device_of(x):
-                _forward_kernel[(batch * num_tiles * triton.cdiv(width, _CHANNELS),)](
+                _forward_kernel[_programs(num_tiles, x)](
                     x, weight, y, ends, *x.stride()[:2], *y.stride()[:2],
-                    length, coarse, width, num_tiles, **_constants(weight, ratio),
+                    length, coarse, x.shape[2], num_tiles, **_constants(x, weight, ratio),
                 )  # fmt: skip
             x = y
     return [y for built in levels for y in built]
@@ -238,17 +238,31 @@ def _step_backward(
     partial = x.new_empty(batch * num_tiles, taps, width, dtype=torch.float32)
     if x.numel():
         with torch.cuda.device_of(x):
-            _backward_kernel[(batch * num_tiles * triton.cdiv(width, _CHANNELS),)](
+            _backward_kernel[_programs(num_tiles, x)](
                 dy, x, weight, direct, dx, partial, ends, *dy.stride()[:2], *x.stride()[:2],
                 *((0, 0) if direct is None else direct.stride()[:2]), *dx.stride()[:2],
-                length, coarse, width, num_tiles, STEPS=_STEPS, **_constants(weight, ratio),
+                length, coarse, width, num_tiles, STEPS=_STEPS, **_constants(x, weight, ratio),
             )  # fmt: skip
     return dx, partial
 
 
-def _constants(weight: Tensor | None, ratio: int) -> dict[str, int]:
-    taps = ratio if weight is None else weight.shape[0]
-    return {"RATIO": ratio, "TAPS": taps, "TOKENS": _TOKENS, "CHANNELS": _CHANNELS, "num_warps": 8}
+def _programs(tiles: int, x: Tensor) -> tuple[int]:
+    """The grid for ``tiles`` of each row."""
+    return (x.shape[0] * tiles * triton.cdiv(x.shape[2], _channels(x)),)
+
+
+def _channels(x: Tensor) -> int:
+    return max(min(_CHANNELS, int(triton.next_power_of_2(x.shape[2]))), 16)
+
+
+def _constants(x: Tensor, weight: Tensor | None, ratio: int) -> dict[str, int]:
+    return {
+        "RATIO": ratio,
+        "TAPS": ratio if weight is None else weight.shape[0],
+        "TOKENS": _TOKENS,
+        "CHANNELS": _channels(x),
+        "num_warps": max(_channels(x) // 256, 1),
+    }
 
 
 def _unit_last(t: Tensor) -> Tensor:
@@ -256,16 +270,15 @@ def _unit_last(t: Tensor) -> Tensor:
 
 
 def _empty_levels(
-    streams: Sequence[Tensor], weights: Sequence[Tensor], steps: int, ratio: int, causal: bool
+    streams: Sequence[Tensor], steps: int, ratio: int, causal: bool
 ) -> list[list[Tensor]]:
     """Per stream the scales that it has beyond itself, at most ``steps``."""
     levels = []
     for x in streams:
-        dtype = torch.promote_types(x.dtype, weights[0].dtype) if weights else x.dtype
         batch, length, width = x.shape
         built = []
         while len(built) < steps and (coarse := coarse_length(length, ratio, causal=causal)):
-            built.append(x.new_empty(batch, coarse, width, dtype=dtype))
+            built.append(x.new_empty(batch, coarse, width))
             length = coarse
         levels.append(built)
     return levels
@@ -273,7 +286,7 @@ def _empty_levels(
 
 @_build.register_fake
 def _(streams, weights, lengths, steps, ratio, causal):
-    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    levels = _empty_levels(streams, steps, ratio, causal)
     return [y for built in levels for y in built]
 
 
@@ -305,7 +318,7 @@ _build.register_autograd(_differentiate, setup_context=_save)
 @register_flop_formula(torch.ops.maha.pyramid, get_raw=True)
 def _forward_flops(streams, weights, lengths, steps, ratio, causal, out_val=None, **_) -> int:
     taps = weights[0].shape[0] if weights else ratio
-    levels = _empty_levels(streams, weights, steps, ratio, causal)
+    levels = _empty_levels(streams, steps, ratio, causal)
     return 2 * taps * sum(y.numel() for built in levels for y in built)
 
 

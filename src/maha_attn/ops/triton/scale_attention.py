@@ -60,7 +60,7 @@ def _tiles(kernel: str, narrow: bool, width: int, dtype: torch.dtype) -> _Tiles:
 
 
 _TILES = {  # kernel, narrow, wider than 64
-    ("forward", True, False): _Tiles(64, 64, 4, 3),
+    ("forward", True, False): _Tiles(64, 64, 4, 3, 128),
     ("forward", True, True): _Tiles(64, 32, 4, 3),
     ("forward", False, False): _Tiles(64, 64, 4, 3, 128),
     ("forward", False, True): _Tiles(64, 64, 4, 2),
