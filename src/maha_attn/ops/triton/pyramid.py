@@ -248,7 +248,7 @@ def _step_backward(
 
 def _programs(tiles: int, x: Tensor) -> tuple[int]:
     """The grid for ``tiles`` of each row."""
-    return (x.shape[0] * tiles * triton.cdiv(x.shape[2], _channels(x)),)
+    return (x.shape[0] * tiles * -(-x.shape[2] // _channels(x)),)
 
 
 def _channels(x: Tensor) -> int:
