@@ -12,6 +12,7 @@ from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.fusion import ScaleFusion
 from maha_attn.layers.projection import autocast, project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
+from maha_attn.layers.stem import stem
 from maha_attn.ops.fusion import Fused
 from maha_attn.ops.multiscale_attention import multiscale_attention
 from maha_attn.ops.rotary import rotary_table
@@ -138,13 +139,12 @@ class MultiscaleAttention(nn.Module):
             values = base if lengths is None else zero_beyond(base, lengths)
             outputs = self._recomputed(x, values, table, lengths)
         else:
-            # Where queries and keys of the finest scale come from the tokens as they are, they
-            # share the pass over the tokens' gradient with the other projections.
+            # The finest scale's queries and keys join where they come from the tokens as they are.
             finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
-            base, *projected = project(x, [self.v_proj, *problem, *finest])
+            modules = [self.v_proj, *problem, *finest]
+            (base, *projected), scales, values = stem(x, modules, self.pyramid, lengths)
             projected, finest = projected[: len(problem)], projected[len(problem) :]
-            values = base if lengths is None else zero_beyond(base, lengths)
-            outputs = self._outputs(x, values, finest, table, lengths, cache, counts)
+            outputs = self._outputs(scales, values, finest, table, lengths, cache, counts)
         if self.fusion is None:
             return outputs[0].transpose(1, 2).flatten(2), None
         heads = self.split(base).transpose(1, 2)
@@ -153,8 +153,8 @@ class MultiscaleAttention(nn.Module):
 
     def _outputs(
         self,
-        x: Tensor,
-        base: Tensor,
+        scales: list[Tensor],
+        values: list[Tensor],
         finest: list[Tensor],
         table: Tensor,
         lengths: Tensor | None,
@@ -163,9 +163,8 @@ class MultiscaleAttention(nn.Module):
     ) -> list[Tensor]:
         """Every scale's attention, ``[B, H, N_s, K]``; fills ``cache`` where there is one.
 
-        ``base``: the values of the finest scale; ``finest``: its queries and keys, where known.
+        ``finest``: queries and keys of the finest scale, where known.
         """
-        scales, values = self.pyramid.scales([x, base], lengths)
         gated = self.pyramid.gated(scales)
         features = self.pyramid.convolved(gated, lengths)
         outputs, keys = self._attend(range(1), features, values, table, lengths, finest)

@@ -15,11 +15,20 @@ def project(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     are plain linear layers without bias, each product is added to the sum before it as it is made.
     Anything else (a bias, an adapter, a hook) is called as it is.
     """
-    compiled = torch.compiler.is_compiling()  # The compiler fuses the sums by itself.
-    plain = [module.weight for module in modules if _is_plain(module)]
-    if compiled or len(modules) < 2 or len(plain) < len(modules):
+    weights = plain_weights(modules)
+    if len(modules) < 2 or weights is None:
         return [module(x) for module in modules]
-    return list(_Project.apply(*map(autocast, (x, *plain))))  # pyright: ignore[reportArgumentType]
+    return list(_Project.apply(*map(autocast, (x, *weights))))  # pyright: ignore
+
+
+def plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The modules' weights, if calling each does nothing but ``xWᵀ``.
+
+    None also where the layer is being compiled: the compiler fuses sums by itself.
+    """
+    weights = [module.weight for module in modules if _is_plain(module)]
+    compiled = torch.compiler.is_compiling()
+    return None if compiled or len(weights) < len(modules) else weights
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -33,7 +42,6 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Does calling ``module`` do nothing but ``xWᵀ``?"""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return (
         type(module) is nn.Linear

@@ -21,17 +21,18 @@ from torch.utils.flop_counter import register_flop_formula
 from maha_attn.ops.pyramid import coarse_length
 
 _TOKENS, _CHANNELS = 2, 1024  # Of a tile.
-_STEPS = 16  # Tiles of a strip: as many coarse tokens share one partial weight gradient.
+_STEPS = 16  # Tiles of a strip at most: their coarse tokens share one partial weight gradient.
+_PROGRAMS = 1024  # Programs that fill a large GPU; shorter strips where there are fewer.
 
 
 @triton.jit
-def _locate(num_tiles, width, STRIP: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+def _locate(num_tiles, width, strip, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     """``(row, tile, its first coarse tokens [T, 1], channels [1, C])`` of a program."""
     index = tl.program_id(0)
     num_columns = tl.cdiv(width, CHANNELS)
     column, rest = index % num_columns, index // num_columns
     tile, row = rest % num_tiles, rest // num_tiles
-    tokens = tile * STRIP + tl.arange(0, TOKENS)[:, None]
+    tokens = tile * strip + tl.arange(0, TOKENS)[:, None]
     channels = column * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     return tl.cast(row, tl.int64), tile, tokens, channels
 
@@ -84,19 +85,18 @@ def _forward_kernel(
     _store(y_ptr, tokens, channels, coarse, y_n, width, y)
 
 
-@triton.jit(do_not_specialize=["length", "coarse", "num_tiles"])
+@triton.jit(do_not_specialize=["length", "coarse", "num_tiles", "steps"])
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, direct_ptr, dx_ptr, partial_ptr, lengths_ptr,
-    dy_b, dy_n, x_b, x_n, direct_b, direct_n, dx_b, dx_n, length, coarse, width, num_tiles,
+    dy_b, dy_n, x_b, x_n, direct_b, direct_n, dx_b, dx_n, length, coarse, width, num_tiles, steps,
     RATIO: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    STEPS: tl.constexpr,
 ):  # fmt: skip
     """``dx`` of the fine tokens in a strip of tiles, and the strip's part of ``dw``.
 
     Fine token ``rj + p`` is tap ``i`` of the coarse token ``j + (k - r + p - i)/r``, if whole.
     ``direct_ptr``: the gradient that the fine tokens have from elsewhere, added here.
     """
-    row, tile, first, channels = _locate(num_tiles, width, TOKENS * STEPS, TOKENS, CHANNELS)
+    row, tile, first, channels = _locate(num_tiles, width, TOKENS * steps, TOKENS, CHANNELS)
     end = length
     if lengths_ptr is not None:
         end = tl.load(lengths_ptr + row).to(tl.int32)
@@ -113,7 +113,7 @@ def _backward_kernel(
         for tap in tl.static_range(TAPS):
             weights = weights + (_weight(weight_ptr, tap, channels, width),)  # noqa: RUF005
             sums = sums + (tl.zeros([1, CHANNELS], tl.float32),)  # noqa: RUF005
-    for step in tl.range(STEPS):
+    for step in tl.range(steps):
         tokens = first + step * TOKENS
         dys = ()  # of the coarse tokens j, j + 1, … that have a tap in block j
         for later in tl.static_range((TAPS - 1) // RATIO + 1):
@@ -157,7 +157,7 @@ def build(
 
     Numerics: products and sums in fp32, stored in the dtype of the tokens.
     """
-    built = _build(
+    built = build_scales(
         [_unit_last(x) for x in streams],
         [w.contiguous() for w in weights],
         None if causal else lengths,
@@ -170,7 +170,7 @@ def build(
 
 
 @torch.library.custom_op("maha::pyramid", mutates_args=())
-def _build(
+def build_scales(
     streams: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None,
     steps: int, ratio: int, causal: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -192,58 +192,82 @@ def _build(
 
 
 @torch.library.custom_op("maha::pyramid_backward", mutates_args=())
-def _build_backward(
+def build_backward(
     grads: Sequence[Tensor | None], streams: Sequence[Tensor], built: Sequence[Tensor],
     weights: Sequence[Tensor], lengths: Tensor | None, ratio: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the streams, then of the weights.
 
-    A scale's own gradient and what comes down from the coarser one are summed in the kernel.
+    Args:
+        grads: Of every scale of the first stream, the stream itself included; then of the next.
+            A scale's own gradient and what comes down from the coarser one are summed in the
+            kernel.
+        streams, built, weights, lengths, ratio: What `build_scales` took and gave.
     """
     levels = len(built) // len(streams)
-    ends = [None if lengths is None else -(-lengths // ratio**step) for step in range(levels)]
-    partials: list[list[Tensor]] = [[] for _ in weights]
-    results = []
-    for i, x in enumerate(streams):
-        scales = [x, *built[i * levels : (i + 1) * levels]]
-        direct = [None, *grads[i * levels : (i + 1) * levels]]
-        dy = None
-        for step in range(levels - 1, -1, -1):
-            dy = direct[step + 1] if dy is None else dy
-            if dy is None:
-                continue
-            dy, partial = _step_backward(
-                _unit_last(dy), scales[step], direct[step],
-                weights[step] if weights else None, ends[step], ratio,
+    gradients = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+    downs: list[Tensor | None] = [grads[i * (levels + 1) + levels] for i in range(len(streams))]
+    for step in range(levels - 1, -1, -1):
+        ends = None if lengths is None else -(-lengths // ratio**step)
+        open_streams = [i for i, down in enumerate(downs) if down is not None]
+        scales = [built[i * levels + step - 1] if step else streams[i] for i in open_streams]
+        partial, parts = _partial_gradients(scales, weights[step] if weights else None, ratio)
+        for i, x, part in zip(open_streams, scales, parts, strict=True):
+            downs[i] = _step_backward(
+                _unit_last(downs[i]), x, grads[i * (levels + 1) + step],
+                weights[step] if weights else None, part, ends, ratio,
             )  # fmt: skip
-            if weights:
-                partials[step].append(partial)
-        results.append(torch.zeros_like(x) if dy is None else dy)
-    for weight, parts in zip(weights, partials, strict=True):
-        total = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
-        results.append(weight.new_zeros(weight.shape) if total is None else total.sum(0))
-    return [t.to(like.dtype) for t, like in zip(results, (*streams, *weights), strict=True)]
+        for i, down in enumerate(downs):
+            downs[i] = grads[i * (levels + 1) + step] if down is None else down
+        if weights and open_streams:
+            gradients[step] = partial.sum(0)
+    first = []
+    for i, (x, down) in enumerate(zip(streams, downs, strict=True)):
+        if down is None:
+            down = torch.zeros_like(x)
+        # An operator's result is memory of its own.
+        first.append(down.clone() if down is grads[i * (levels + 1)] else down)
+    return [*first, *(g.to(w.dtype) for g, w in zip(gradients, weights, strict=True))]
+
+
+def _partial_gradients(
+    scales: Sequence[Tensor], weight: Tensor | None, ratio: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Room for a weight's gradient, one part a strip of all streams; and each stream's share."""
+    taps = 0 if weight is None else weight.shape[0]
+    strips = [x.shape[0] * _strips(x, ratio)[0] for x in scales]
+    width = scales[0].shape[2] if scales else 0
+    partial = torch.empty(
+        sum(strips), taps, width, dtype=torch.float32, device=scales[0].device if scales else None
+    )
+    return partial, list(partial.split(strips))
+
+
+def _strips(x: Tensor, ratio: int) -> tuple[int, int]:
+    """How many strips cut a row of ``x``, and how many tiles make one."""
+    tiles = -(-x.shape[1] // (ratio * _TOKENS))
+    programs = x.shape[0] * tiles * -(-x.shape[2] // _channels(x))
+    steps = max(min(programs // _PROGRAMS, _STEPS), 1)
+    return -(-tiles // steps), steps
 
 
 def _step_backward(
-    dy: Tensor, x: Tensor, direct: Tensor | None, weight: Tensor | None, ends: Tensor | None,
-    ratio: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From scale ``s + 1`` to ``s``: the gradient of its tokens, and partial ones of the weight."""
+    dy: Tensor, x: Tensor, direct: Tensor | None, weight: Tensor | None, partial: Tensor,
+    ends: Tensor | None, ratio: int,
+) -> Tensor:  # fmt: skip
+    """From scale ``s + 1`` to ``s``: the gradient of its tokens; ``partial`` is filled."""
     direct = None if direct is None else _unit_last(direct)
     dx = x.new_empty(x.shape)
-    (batch, length, width), coarse = x.shape, dy.shape[1]
-    num_tiles = triton.cdiv(triton.cdiv(length, ratio), _TOKENS * _STEPS)
-    taps = 0 if weight is None else weight.shape[0]
-    partial = x.new_empty(batch * num_tiles, taps, width, dtype=torch.float32)
+    strips, steps = _strips(x, ratio)
     if x.numel():
         with torch.cuda.device_of(x):
-            _backward_kernel[_programs(num_tiles, x)](
+            _backward_kernel[_programs(strips, x)](
                 dy, x, weight, direct, dx, partial, ends, *dy.stride()[:2], *x.stride()[:2],
                 *((0, 0) if direct is None else direct.stride()[:2]), *dx.stride()[:2],
-                length, coarse, width, num_tiles, STEPS=_STEPS, **_constants(x, weight, ratio),
+                x.shape[1], dy.shape[1], x.shape[2], strips, steps,
+                **_constants(x, weight, ratio),
             )  # fmt: skip
-    return dx, partial
+    return dx
 
 
 def _programs(tiles: int, x: Tensor) -> tuple[int]:
@@ -284,13 +308,13 @@ def _empty_levels(
     return levels
 
 
-@_build.register_fake
+@build_scales.register_fake
 def _(streams, weights, lengths, steps, ratio, causal):
     levels = _empty_levels(streams, steps, ratio, causal)
     return [y for built in levels for y in built]
 
 
-@_build_backward.register_fake
+@build_backward.register_fake
 def _(grads, streams, built, weights, lengths, ratio):
     return [t.new_empty(t.shape) for t in (*streams, *weights)]
 
@@ -305,14 +329,18 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grads):
     lengths, *saved = ctx.saved_tensors
     streams, weights = ctx.counts
-    gradients = _build_backward(
-        grads, saved[:streams], saved[streams + weights :], saved[streams : streams + weights],
+    levels = len(grads) // streams
+    complete = []
+    for i in range(streams):
+        complete += [None, *grads[i * levels : (i + 1) * levels]]
+    gradients = build_backward(
+        complete, saved[:streams], saved[streams + weights :], saved[streams : streams + weights],
         lengths, ctx.ratio,
     )  # fmt: skip
     return gradients[:streams], gradients[streams:], None, None, None, None
 
 
-_build.register_autograd(_differentiate, setup_context=_save)
+build_scales.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.maha.pyramid, get_raw=True)
