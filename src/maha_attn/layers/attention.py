@@ -141,8 +141,9 @@ class MultiscaleAttention(nn.Module):
         else:
             # The finest scale's queries and keys join where they come from the tokens as they are.
             finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
-            modules = [self.v_proj, *problem, *finest]
-            (base, *projected), scales, values = stem(x, modules, self.pyramid, lengths)
+            (base, *projected), scales, values = stem(
+                x, [self.v_proj, *problem], finest, self.pyramid, lengths
+            )
             projected, finest = projected[: len(problem)], projected[len(problem) :]
             outputs = self._outputs(scales, values, finest, table, lengths, cache, counts)
         if self.fusion is None:

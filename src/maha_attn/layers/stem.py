@@ -12,75 +12,100 @@ from maha_attn.ops.backend import use_triton
 
 
 def stem(
-    x: Tensor, modules: Sequence[nn.Module], pyramid: ScalePyramid, lengths: Tensor | None
+    x: Tensor,
+    modules: Sequence[nn.Module],
+    others: Sequence[nn.Module],
+    pyramid: ScalePyramid,
+    lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Project the tokens, and build the pyramids of tokens and values.
 
     By kernels, the gradients that tokens and values get from projections, attention and pyramid are
-    summed where they are made; autograd would add them by passes of their own.
+    summed where they are made; autograd would add them by passes of their own. And ``modules`` are
+    one product: a gate of a few columns would cost a pass over the tokens for itself.
 
     Args:
         x: ``[B, N, D]``, zero beyond a row's length.
-        modules: Projections of ``x``; the first makes the values.
+        modules: Projections of ``x`` whose results live until the backward pass; the first makes
+            the values.
+        others: Projections of ``x`` whose results don't.
         pyramid: The layer's.
         lengths: Real tokens of each row, ``[B]``.
 
     Returns:
-        The projections; ``[X_0, X_1, …]``; ``[V_0, V_1, …]``.
+        All projections; ``[X_0, X_1, …]``; ``[V_0, V_1, …]``.
     """
-    spec, weights = pyramid.spec, plain_weights(modules)
+    spec, weights = pyramid.spec, plain_weights([*modules, *others])
     kernels = spec.downsample in ("conv", "mean") and spec.num_scales > 1
     if weights is not None and kernels and use_triton(spec.backend, x):
-        inputs = [autocast(t) for t in (x, *weights)]
-        options = (len(weights), spec.num_scales - 1, spec.ratio, spec.causal)
-        results = _Stem.apply(None if spec.causal else lengths, options, *inputs, *pyramid.down)
+        x, *weights = map(autocast, (x, *weights))
+        options = (spec.num_scales - 1, spec.ratio, spec.causal)
+        packed = torch.cat(weights[: len(modules)]) if len(modules) > 1 else weights[0]
+        operands = (packed, *weights[len(modules) :])
+        lengths = None if spec.causal else lengths
+        results = _Stem.apply(lengths, x.shape[-1], options, x, len(operands), *operands,
+                              *pyramid.down)  # fmt: skip
         assert isinstance(results, tuple)
-        projected, built = list(results[: len(weights)]), list(results[len(weights) :])
+        (base, *rest), built = results[: len(operands) + 1], list(results[len(operands) + 1 :])
         levels = len(built) // 2
-        return projected, [inputs[0], *built[:levels]], [projected[0], *built[levels:]]
-    projected = project(x, modules)
+        tails = rest[0].split([w.shape[0] for w in weights[1 : len(modules)]], -1)
+        return (
+            [base, *tails, *rest[1:]], [x, *built[:levels]], [base, *built[levels:]]
+        )  # fmt: skip
+    projected = project(x, [*modules, *others])
     base = projected[0] if lengths is None else zero_beyond(projected[0], lengths)
     scales, values = pyramid.scales([x, base], lengths)
     return projected, scales, values
 
 
 class _Stem(torch.autograd.Function):
-    """`stem`; ``x̄ = D̄(X̄_1, …) + Σ ȳ_i W_i``, each product added to the sum before it."""
+    """`stem`; ``x̄ = D̄(X̄_1, …) + Σ ȳ_i W_i``, each product added to the sum before it.
+
+    The first operand's product is split: values of the given width, and what else it holds.
+    """
 
     @staticmethod
-    def forward(lengths, options, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(lengths, width, options, x: Tensor, count, *weights: Tensor) -> tuple[Tensor, ...]:
         from maha_attn.ops.triton.pyramid import build_scales
 
-        count, steps, ratio, causal = options
-        projected = [F.linear(x, weight) for weight in weights[:count]]
+        packed, *others = (F.linear(x, weight) for weight in weights[:count])
+        base, tail = packed[..., :width], packed[..., width:]
         operators = [weight.contiguous() for weight in weights[count:]]
-        streams = [x, projected[0]]
-        return *projected, *build_scales(streams, operators, lengths, steps, ratio, causal)
+        return base, tail, *others, *build_scales([x, base], operators, lengths, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        lengths, ctx.options, x, *weights = inputs
-        count = ctx.options[0]
+        lengths, _, options, x, ctx.count, *weights = inputs
+        ctx.ratio = options[1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, x, *weights, output[0], *output[count:])
+        ctx.save_for_backward(lengths, x, *weights, output[0], *output[1 + ctx.count :])
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        from maha_attn.ops.triton.pyramid import build_backward
+        from maha_attn.ops.triton.pyramid import backward_into
 
-        count, _, ratio, _ = ctx.options
         lengths, x, *saved = ctx.saved_tensors
-        levels = (len(grads) - count) // 2
-        weights, (base, *built) = saved[: len(saved) - 1 - 2 * levels], saved[-1 - 2 * levels :]
-        direct = [None, *grads[count : count + levels], grads[0], *grads[count + levels :]]
-        dx, dbase, *doperators = build_backward(
-            direct, [x, base], built, weights[count:], lengths, ratio
+        dbase, dtail, *dothers = grads[: 1 + ctx.count]
+        dscales = grads[1 + ctx.count :]
+        levels = len(dscales) // 2
+        split = len(saved) - 1 - 2 * levels
+        weights, (base, *built) = saved[:split], saved[split:]
+        dx = torch.empty_like(x)
+        dpacked = x.new_empty(*x.shape[:-1], weights[0].shape[0])
+        dvalues, rest = dpacked.split([base.shape[-1], dpacked.shape[-1] - base.shape[-1]], -1)
+        if dtail is None:
+            rest.zero_()
+        else:
+            rest.copy_(dtail)
+        direct = [None, *dscales[:levels], dbase, *dscales[levels:]]
+        doperators = backward_into(
+            [dx, dvalues], direct, [x, base], built, weights[ctx.count :], lengths, ctx.ratio
         )
         tokens, dtokens, dweights = x.flatten(0, -2), dx.flatten(0, -2), []
-        for grad, weight in zip((dbase, *grads[1:count]), weights[:count], strict=True):
+        for grad, weight in zip((dpacked, *dothers), weights[: ctx.count], strict=True):
             dweights.append(None)
             if grad is not None:
                 grad = grad.flatten(0, -2)
                 dtokens.addmm_(grad, weight)
                 dweights[-1] = grad.mT @ tokens
-        return None, None, dx, *dweights, *doperators
+        return None, None, None, dx, None, *dweights, *doperators

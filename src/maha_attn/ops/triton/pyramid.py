@@ -196,38 +196,48 @@ def build_backward(
     grads: Sequence[Tensor | None], streams: Sequence[Tensor], built: Sequence[Tensor],
     weights: Sequence[Tensor], lengths: Tensor | None, ratio: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the streams, then of the weights.
+    """Gradients of the streams, then of the weights; ``grads`` as `backward_into` takes them."""
+    results = [x.new_empty(x.shape) for x in streams]
+    gradients = backward_into(results, grads, streams, built, weights, lengths, ratio)
+    return [*results, *gradients]
+
+
+def backward_into(
+    results: Sequence[Tensor], grads: Sequence[Tensor | None], streams: Sequence[Tensor],
+    built: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None, ratio: int,
+) -> list[Tensor]:  # fmt: skip
+    """Write the streams' gradients to ``results`` (unit last stride); return the weights'.
 
     Args:
+        results: ``[B, N, D]`` each.
         grads: Of every scale of the first stream, the stream itself included; then of the next.
             A scale's own gradient and what comes down from the coarser one are summed in the
             kernel.
         streams, built, weights, lengths, ratio: What `build_scales` took and gave.
     """
     levels = len(built) // len(streams)
-    gradients = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-    downs: list[Tensor | None] = [grads[i * (levels + 1) + levels] for i in range(len(streams))]
+    gradients = [torch.zeros_like(w) for w in weights]
+    downs = [grads[i * (levels + 1) + levels] for i in range(len(streams))]
     for step in range(levels - 1, -1, -1):
         ends = None if lengths is None else -(-lengths // ratio**step)
-        open_streams = [i for i, down in enumerate(downs) if down is not None]
-        scales = [built[i * levels + step - 1] if step else streams[i] for i in open_streams]
-        partial, parts = _partial_gradients(scales, weights[step] if weights else None, ratio)
-        for i, x, part in zip(open_streams, scales, parts, strict=True):
-            downs[i] = _step_backward(
-                _unit_last(downs[i]), x, grads[i * (levels + 1) + step],
-                weights[step] if weights else None, part, ends, ratio,
-            )  # fmt: skip
-        for i, down in enumerate(downs):
-            downs[i] = grads[i * (levels + 1) + step] if down is None else down
-        if weights and open_streams:
-            gradients[step] = partial.sum(0)
-    first = []
-    for i, (x, down) in enumerate(zip(streams, downs, strict=True)):
+        weight = weights[step] if weights else None
+        reached = [i for i, down in enumerate(downs) if down is not None]
+        scales = [built[i * levels + step - 1] if step else streams[i] for i in reached]
+        partial, parts = _partial_gradients(scales, weight, ratio)
+        direct = [grads[i * (levels + 1) + step] for i in range(len(streams))]
+        down = list(direct)
+        for i, x, part in zip(reached, scales, parts, strict=True):
+            down[i] = results[i] if step == 0 else x.new_empty(x.shape)
+            _step_backward(downs[i], x, direct[i], weight, down[i], part, ends, ratio)
+        if weight is not None and reached:
+            gradients[step] = partial.sum(0).to(weight.dtype)
+        downs = down
+    for result, down in zip(results, downs, strict=True):
         if down is None:
-            down = torch.zeros_like(x)
-        # An operator's result is memory of its own.
-        first.append(down.clone() if down is grads[i * (levels + 1)] else down)
-    return [*first, *(g.to(w.dtype) for g, w in zip(gradients, weights, strict=True))]
+            result.zero_()
+        elif down is not result:
+            result.copy_(down)
+    return gradients
 
 
 def _partial_gradients(
@@ -252,12 +262,12 @@ def _strips(x: Tensor, ratio: int) -> tuple[int, int]:
 
 
 def _step_backward(
-    dy: Tensor, x: Tensor, direct: Tensor | None, weight: Tensor | None, partial: Tensor,
-    ends: Tensor | None, ratio: int,
-) -> Tensor:  # fmt: skip
-    """From scale ``s + 1`` to ``s``: the gradient of its tokens; ``partial`` is filled."""
+    dy: Tensor, x: Tensor, direct: Tensor | None, weight: Tensor | None, dx: Tensor,
+    partial: Tensor, ends: Tensor | None, ratio: int,
+) -> None:  # fmt: skip
+    """From scale ``s + 1`` to ``s``: fill ``dx`` and the weight's ``partial`` gradients."""
+    dy = _unit_last(dy)
     direct = None if direct is None else _unit_last(direct)
-    dx = x.new_empty(x.shape)
     strips, steps = _strips(x, ratio)
     if x.numel():
         with torch.cuda.device_of(x):
@@ -267,7 +277,6 @@ def _step_backward(
                 x.shape[1], dy.shape[1], x.shape[2], strips, steps,
                 **_constants(x, weight, ratio),
             )  # fmt: skip
-    return dx
 
 
 def _programs(tiles: int, x: Tensor) -> tuple[int]:
