@@ -239,13 +239,17 @@ def measure_sides(
         if isinstance(side, str):
             rows[name]["skipped"] = side
         else:
+            start = time.perf_counter()
             try:
                 side.forward()
                 side.train()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
             except Exception as error:  # Other people's code: whatever it raises is its result.
                 rows[name]["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
                 running[name] = side
+                rows[name]["first_call_s"] = time.perf_counter() - start  # Compilation, mostly.
     for what in ("forward", "train"):
         runs = {name: getattr(side, what) for name, side in running.items()}
         timings = alternate(runs, device=device, rounds=options.rounds)
