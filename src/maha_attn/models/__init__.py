@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from maha_attn.models.backbone import MahaModel
 from maha_attn.models.cache import MahaCache
 from maha_attn.models.configuration import MahaConfig
-from maha_attn.models.modeling import MahaForCausalLM, MahaForMaskedLM, MahaModel
+from maha_attn.models.language_modeling import MahaForCausalLM, MahaForMaskedLM
 
 AutoConfig.register("maha", MahaConfig, exist_ok=True)
 AutoModel.register(MahaConfig, MahaModel, exist_ok=True)
