@@ -1,10 +1,14 @@
 """The transformer block around the attention: normalisation, residuals, feed-forward."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maha_attn.layers.attention import FusionInfo, MultiscaleAttention
 from maha_attn.layers.cache import AttentionCache
+from maha_attn.layers.cross_attention import CrossAttention
 from maha_attn.spec import AttentionSpec
 
 
@@ -67,16 +71,62 @@ class MahaBlock(nn.Module):
         return_info: bool = False,
     ) -> Tensor | tuple[Tensor, FusionInfo]:
         """As `MultiscaleAttention.forward`; a padding token passes the feed-forward alone."""
+        x, info = self._attend(x, padding_mask, cache, return_info)
+        x = self._residual(x, self.feed_forward_norm, self.feed_forward)
+        return x if info is None else (x, info)
+
+    def _attend(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        cache: AttentionCache | None,
+        return_info: bool,
+    ) -> tuple[Tensor, FusionInfo | None]:
         info = None
-        attended = self.attention(
-            self.attention_norm(x) if self.pre_norm else x,
-            padding_mask,
-            cache=cache,
-            return_info=return_info,
+
+        def attention(x: Tensor) -> Tensor:
+            nonlocal info
+            output = self.attention(x, padding_mask, cache=cache, return_info=return_info)
+            if isinstance(output, tuple):
+                output, info = output
+            return output
+
+        return self._residual(x, self.attention_norm, attention), info
+
+    def _residual(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + part(norm(x)) if self.pre_norm else norm(x + part(x))
+
+
+class MahaCrossBlock(MahaBlock):
+    """`MahaBlock` with attention to another sequence between attention and feed-forward.
+
+    Args:
+        spec: Options of the attention within the sequence; heads and biases hold for both.
+        options: As `MahaBlock`'s.
+    """
+
+    def __init__(self, spec: AttentionSpec, **options: Any) -> None:
+        super().__init__(spec, **options)
+        self.cross_attention_norm = nn.RMSNorm(spec.hidden_size, eps=self.attention_norm.eps)
+        self.cross_attention = CrossAttention(spec.hidden_size, spec.num_heads, bias=spec.bias)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        *,
+        cache: AttentionCache | None = None,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, FusionInfo]:
+        """As `MahaBlock.forward`, with the memory as `CrossAttention.forward` takes it."""
+        x, info = self._attend(x, padding_mask, cache, return_info)
+        x = self._residual(
+            x,
+            self.cross_attention_norm,
+            lambda x: self.cross_attention(x, keys, values, memory_mask),
         )
-        if isinstance(attended, tuple):
-            attended, info = attended
-        x = x + attended if self.pre_norm else self.attention_norm(x + attended)
-        fed = self.feed_forward(self.feed_forward_norm(x) if self.pre_norm else x)
-        x = x + fed if self.pre_norm else self.feed_forward_norm(x + fed)
+        x = self._residual(x, self.feed_forward_norm, self.feed_forward)
         return x if info is None else (x, info)

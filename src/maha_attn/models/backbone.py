@@ -6,14 +6,13 @@ no position ids and padding may stand on either side.
 
 # ruff: noqa: RUF012 - transformers declares its class attributes without ClassVar.
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from maha_attn.layers.block import MahaBlock
@@ -21,13 +20,7 @@ from maha_attn.layers.fusion import ScaleFusion
 from maha_attn.layers.pyramid import ScalePyramid
 from maha_attn.models.cache import MahaCache
 from maha_attn.models.configuration import MahaConfig
-
-
-@dataclass
-class MahaModelOutput(BaseModelOutputWithPast):
-    """``fusion_weights``: on request, per layer ``[B, H, N, S]`` (``S = 1``: all ones)."""
-
-    fusion_weights: tuple[Tensor, ...] | None = None
+from maha_attn.models.outputs import MahaModelOutput
 
 
 class MahaLayer(GradientCheckpointingLayer, MahaBlock):
@@ -76,11 +69,13 @@ class MahaModel(MahaPreTrainedModel):
         config: ``config.causal`` decides whether tokens see later ones.
     """
 
+    layer_class: ClassVar[type[MahaBlock]] = MahaLayer
+
     def __init__(self, config: MahaConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MahaLayer(
+            self.layer_class(
                 config.attention_spec(layer_idx),
                 intermediate_size=config.intermediate_size,
                 norm=config.norm,
@@ -118,20 +113,31 @@ class MahaModel(MahaPreTrainedModel):
         Raises:
             TypeError, ValueError: An argument is not as above.
         """
-        _refuse(kwargs, self.config)
+        refuse(kwargs, self.config)
         hidden_states = self._embed(input_ids, inputs_embeds)
-        past_key_values = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache)
+        return self._run(hidden_states, attention_mask, cache, output_fusion_weights)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        cache: MahaCache | None,
+        output_fusion_weights: bool,
+        arguments: Sequence[tuple[Any, ...]] | None = None,
+    ) -> MahaModelOutput:
+        """Every layer and the final norm; ``arguments``: what each layer takes beside."""
         padding_mask = None
         if attention_mask is not None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             padding_mask = _padding_mask(attention_mask, hidden_states, seen)
-
         fusion_weights = []
         for layer_idx, layer in enumerate(self.layers):
             output = layer(
                 hidden_states,
+                *(arguments[layer_idx] if arguments else ()),
                 padding_mask=padding_mask,
-                cache=None if past_key_values is None else past_key_values.layers[layer_idx],
+                cache=None if cache is None else cache.layers[layer_idx],
                 return_info=output_fusion_weights,
             )
             if output_fusion_weights:
@@ -141,7 +147,7 @@ class MahaModel(MahaPreTrainedModel):
                 hidden_states = output
         return MahaModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            past_key_values=cache,
             fusion_weights=tuple(fusion_weights) if output_fusion_weights else None,
         )
 
@@ -156,7 +162,7 @@ class MahaModel(MahaPreTrainedModel):
         _check_embeds(inputs_embeds, self.config.hidden_size)
         return inputs_embeds
 
-    def _cache(self, cache: MahaCache | None, use_cache: bool | None) -> MahaCache | None:
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> MahaCache | None:
         """The cache to fill: the one given, a new one, or none."""
         if cache is None:
             if use_cache is None:
@@ -176,7 +182,7 @@ class MahaModel(MahaPreTrainedModel):
         return cache
 
 
-def _refuse(kwargs: dict[str, Any], config: MahaConfig) -> None:
+def refuse(kwargs: dict[str, Any], config: MahaConfig) -> None:
     """Say no to what would otherwise be ignored in silence."""
     if kwargs.get("output_attentions", config.output_attentions):
         raise ValueError(

@@ -43,9 +43,13 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
         initializer_range: Standard deviation of new projections and embeddings.
         tie_word_embeddings: Share the input embedding with the output projection.
         use_cache: Return a decoding cache outside training (causal models).
+        classifier_pooling: What a sequence classifier sees: the ``mean`` of the real tokens, the
+            ``first`` or the ``last`` of them; None means ``last`` in a causal model, ``mean`` in a
+            bidirectional one.
 
-    ``causal`` belongs to the class: :class:`MahaForCausalLM` sets it, :class:`MahaForMaskedLM`
-    clears it, and only a bare :class:`MahaModel` follows the configuration.
+    ``causal`` belongs to the class of the language models: :class:`MahaForCausalLM` sets it,
+    :class:`MahaForMaskedLM` clears it. A bare :class:`MahaModel`, a classifier and a question
+    answerer follow the configuration.
 
     Raises:
         TypeError, ValueError: AttentionSpec's own; a size is below 1; ``layer_types`` does not fit.
@@ -67,6 +71,7 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    classifier_pooling: Literal["mean", "first", "last"] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -122,3 +127,57 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
         parameters = super()._get_generation_parameters()
         parameters.pop("temperature", None)
         return parameters
+
+
+@strict
+class MahaSeq2SeqConfig(MahaConfig):
+    """A bidirectional MAHA encoder and a causal MAHA decoder that attends to it.
+
+    Every option of :class:`MahaConfig` holds for both; ``causal`` means nothing here. Beside them:
+
+    Args:
+        num_hidden_layers: Blocks of the encoder.
+        num_decoder_layers: Blocks of the decoder; None means as many as the encoder has.
+        layer_types: Of the encoder.
+        decoder_layer_types: As ``layer_types``, of the decoder.
+        tie_word_embeddings: One matrix for both input embeddings and the output projection; else
+            three.
+        decoder_start_token_id: First input of the decoder, often that of padding.
+
+    Raises:
+        TypeError, ValueError: As :class:`MahaConfig`, for either half.
+    """
+
+    model_type = "maha-seq2seq"
+
+    is_encoder_decoder: bool = True
+    num_decoder_layers: int | None = None
+    decoder_layer_types: list[str] | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_hidden_layers
+        self.encoder_config()
+        try:
+            self.decoder_config()
+        except ValueError as error:
+            message = f"in the decoder (num_decoder_layers, decoder_layer_types): {error}"
+            raise ValueError(message) from None
+
+    def encoder_config(self) -> MahaConfig:
+        """The bidirectional backbone that reads."""
+        return self._half(causal=False)
+
+    def decoder_config(self) -> MahaConfig:
+        """The causal backbone that writes."""
+        return self._half(
+            causal=True,
+            num_hidden_layers=self.num_decoder_layers,
+            layer_types=self.decoder_layer_types,
+        )
+
+    def _half(self, **options: Any) -> MahaConfig:
+        shared = {f.name: getattr(self, f.name) for f in fields(MahaConfig) if f.init}
+        return MahaConfig(**(shared | {"is_encoder_decoder": False} | options))
