@@ -4,10 +4,11 @@ import dataclasses
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from maha_attn import AttentionSpec
-from maha_attn.models import MahaConfig
+from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
 
 OPTIONS = [
     f for f in dataclasses.fields(AttentionSpec) if f.name not in ("hidden_size", "num_heads")
@@ -44,11 +45,38 @@ def test_layer_types_choose_the_attention(tiny):
         ({"layer_types": ["maha", "mamba"]}, "layer_types must hold one of maha, full, sliding"),
         ({"layer_types": ["maha"]}, "each of the 2 layers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"classifier_pooling": "max"}, "expected one of .*'mean', 'first', 'last'.* got max"),
     ],
 )
 def test_bad_options_are_refused_at_once(tiny, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.config(**options)
+    for make in (tiny.config, tiny.seq2seq_config):
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
+            make(**options)
+
+
+def test_bad_options_of_a_decoder_say_so(tiny):
+    for options in ({"num_decoder_layers": 0}, {"decoder_layer_types": ["full"]}):
+        with pytest.raises(ValueError, match=r"in the decoder \(num_decoder_layers, "):
+            tiny.seq2seq_config(**options)
+
+
+def test_both_halves_have_the_options_of_the_whole(tiny, tmp_path):
+    options = {"fusion": "nash", "temperature": 0.25, "layer_types": ["sliding", "maha"]}
+    tiny.seq2seq_config(
+        num_decoder_layers=3, decoder_layer_types=["maha", "full", "sliding"], **options
+    ).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is MahaSeq2SeqConfig
+    encoder, decoder = config.encoder_config(), config.decoder_config()
+    assert (encoder.causal, encoder.num_hidden_layers) == (False, 2)
+    assert (decoder.causal, decoder.num_hidden_layers) == (True, 3)
+    assert encoder.layer_types == ["sliding", "maha"]
+    assert decoder.layer_types == ["maha", "full", "sliding"]
+    for half in (encoder, decoder):
+        assert type(half) is MahaConfig
+        assert half.is_encoder_decoder is False
+        assert (half.fusion, half.temperature, half.vocab_size) == ("nash", 0.25, 61)
+    assert tiny.seq2seq_config().decoder_config().num_hidden_layers == 2
 
 
 def test_roundtrip_through_json(tiny, tmp_path):

@@ -3,9 +3,24 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
-from maha_attn.models import MahaForCausalLM, MahaForMaskedLM, MahaModel
+from maha_attn.models import MahaForCausalLM, MahaForMaskedLM, MahaModel, MahaSeq2SeqModel
+
+AUTO = {
+    "lm": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "classifier": AutoModelForSequenceClassification,
+    "qa": AutoModelForQuestionAnswering,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 
 
 def shake(model):
@@ -25,21 +40,30 @@ def assert_same_parameters(actual, expected):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("auto", [True, False])
-@pytest.mark.parametrize("kind", ["lm", "mlm"])
+@pytest.mark.parametrize("kind", AUTO)
 def test_roundtrip_is_bitwise(tiny, tmp_path, kind, auto, tied):
     model = shake(
         getattr(tiny, kind)(tie_word_embeddings=tied, fusion="convex", gating=True, dilation=2)
     )
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-    auto_class = AutoModelForCausalLM if kind == "lm" else AutoModelForMaskedLM
-    loaded = (auto_class if auto else type(model)).from_pretrained(tmp_path)
+    loaded = (AUTO[kind] if auto else type(model)).from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert loaded.config.to_json_string() == model.config.to_json_string()
     assert_same_parameters(loaded.named_parameters(), model.named_parameters())
     ids = tiny.tokens(2, 13)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if kind == "seq2seq" else {})
+    assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
+    if loaded.get_output_embeddings() is not None:
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
+
+
+def test_encoder_and_decoder_load_without_their_head(tiny, tmp_path):
+    model = shake(tiny.seq2seq(num_decoder_layers=1))
+    model.save_pretrained(tmp_path)
+    halves = AutoModel.from_pretrained(tmp_path)
+    assert type(halves) is MahaSeq2SeqModel
+    assert_same_parameters(halves.named_parameters(), model.model.named_parameters())
 
 
 def test_a_backbone_travels_between_classes(tiny, tmp_path):

@@ -40,3 +40,16 @@ def test_fill_mask(tiny, tokenizer):
     assert len(answers) == 3
     assert answers[0]["score"] >= answers[1]["score"]
     assert answers[0]["sequence"].startswith("it was the")
+
+
+def test_text_classification(tiny, tokenizer):
+    labels = {0: "bad", 1: "good", 2: "neither"}
+    model = tiny.classifier(vocab_size=len(WORDS), causal=False, id2label=labels)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    texts = ["it was the best of times", "worst"]
+    batch = classify(texts, batch_size=2, top_k=None)
+    for text, scores in zip(texts, batch, strict=True):
+        assert {score["label"] for score in scores} == set(labels.values())
+        assert sum(score["score"] for score in scores) == pytest.approx(1)
+        assert scores[0]["label"] == classify(text)[0]["label"]
+        assert scores[0]["score"] == pytest.approx(classify(text)[0]["score"], rel=1e-4)

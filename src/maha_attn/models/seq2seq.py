@@ -82,7 +82,8 @@ class MahaDecoder(MahaModel):
                 "past_key_values must be an EncoderDecoderCache, got "
                 f"{type(past_key_values).__name__}"
             )
-        cache = self._cache(past_key_values and past_key_values.self_attention_cache, use_cache)
+        given = None if past_key_values is None else past_key_values.self_attention_cache
+        cache = self._cache(given, use_cache)
         if cache is not None and past_key_values is None:
             past_key_values = EncoderDecoderCache(cache, DynamicCache())
         arguments = [(memory, memory_mask, past_key_values, i) for i in range(len(self.layers))]
