@@ -50,6 +50,17 @@ def test_optimality_conditions_hold_on_random_problems(kind, constraint, tempera
         assert_feasible(solution.weights, constraint, dtype)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("constraint", "temperature"), SETTINGS)
+def test_weights_are_as_good_without_a_certificate(kind, constraint, temperature):
+    for S in (2, 4, 8):
+        M, q = problems(kind, 5000, S, torch.float32, seed=S)
+        weights = solve_qp(M, q, constraint, temperature, certified=False).weights
+        residual = kkt_residual(M, q, weights, constraint, temperature)
+        assert (residual / (1 + q.abs().amax(-1))).max() <= LIMIT[torch.float32]
+        assert_feasible(weights, constraint, torch.float32)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("constraint", ["simplex", "capped"])
 @pytest.mark.parametrize("dtype", LIMIT)

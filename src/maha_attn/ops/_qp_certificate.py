@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maha_attn.ops._qp_solvers import matvec, soft_choice
+from maha_attn.ops._qp_solvers import matvec, soft_choice, soft_value
 
 
 def certificate(
@@ -15,7 +15,7 @@ def certificate(
         residual = (w - g).clamp_(0, 1).sub_(w).abs_().amax(0)
         return residual, (w * g).sub_(g.clamp_(max=0)).sum(0)
     if tau:
-        p, conjugate, *_ = soft_choice(-g, constraint, tau)
+        p, conjugate = soft_choice(-g, constraint, tau).weights, soft_value(-g, constraint, tau)
         off = (w - p).abs_().mul_((tau / torch.minimum(w, p)).clamp_(max=1))
         log_w = w.clamp(min=torch.finfo(w.dtype).tiny).log_()
         return off.amax(0), log_w.mul_(tau).add_(g).mul_(w).sum(0).add_(conjugate)

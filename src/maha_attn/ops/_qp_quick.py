@@ -1,8 +1,8 @@
-"""What solves nearly all fp32 problems: a fixed number of steps in fp32, one refined in fp64.
+"""What solves nearly all fp32 problems: a few steps in fp32, and one refined in fp64.
 
-There is no line search, no test for convergence and no synchronisation with the device. The caller
-checks what comes out, and gives what fails to the iterations of `maha_attn.ops._qp_solvers`, whose
-layout this shares. Each problem takes the same steps whatever its neighbours need.
+There is no line search. The caller checks what comes out, and gives what fails to the iterations of
+`maha_attn.ops._qp_solvers`, whose layout this shares. Each problem takes the same steps whatever
+its neighbours need.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from maha_attn.ops._qp_certificate import relative_pivot
-from maha_attn.ops._qp_solvers import matvec, projected_solve, soft_choice
+from maha_attn.ops._qp_solvers import far, matvec, plain_newton, projected_solve, soft_choice
 
 _EPS = torch.finfo(torch.float32).eps
-_UNWANTED = -1e30  # linear term of an unavailable scale
-_NEWTON_STEPS = 3
-_SETTLED = 1e-4  # relative change of the weights by a last Newton step, whose error is its square
+_NEWTON_STEPS = 4
+_ROUGHLY = 4e-4  # accuracy that a last step makes exact
+_SETTLED = 3e-4  # relative change of the weights by a last Newton step, whose error is its square
 
 
 class Attempt(NamedTuple):
@@ -35,8 +35,8 @@ def quick_active_set(M: Tensor, q: Tensor, constraint: str) -> Attempt:
     pivots are M's. The last step goes from the weights before it by the descent left, in fp64.
     """
     box, S = constraint == "box", q.shape[0]
-    M_low, q_low = M.float(), q.clamp(min=_UNWANTED).float()
-    free = q_low.gt(_UNWANTED).float()
+    M_low, q_low = M.float(), q.clamp(min=-far(torch.float32)).float()
+    free = q_low.gt(-far(torch.float32)).float()
     tight = None if box else torch.ones_like(q_low[0])
     held = torch.zeros_like(q_low)
     w, theta = held, held[0]
@@ -45,7 +45,7 @@ def quick_active_set(M: Tensor, q: Tensor, constraint: str) -> Attempt:
     for step in range(steps - 1):
         rhs = q_low - matvec(M_low, held) if box and step else q_low
         total = 0.0 if box else 1.0
-        found = projected_solve(M_low, free, 1 - free, rhs, tight, total=total, eps=_EPS)
+        found = projected_solve(M_low, free, 1 - free, rhs, tight, total=total)
         if step == 0:
             pivots = (found.pivots / M_low.diagonal().T).nan_to_num_(0.0, 0.0)
             definite = _is_definite(pivots.amin(0), S)
@@ -64,7 +64,7 @@ def quick_active_set(M: Tensor, q: Tensor, constraint: str) -> Attempt:
     multiplier = (theta if tight is None else theta * tight).double()
     descent = torch.sub(q, matvec(M, base)).sub_(multiplier).mul_(free)
     rest = 0.0 if box else (1 - base.sum(0)).float()
-    found = projected_solve(M_low, free, 1 - free, descent.float(), tight, total=rest, eps=_EPS)
+    found = projected_solve(M_low, free, 1 - free, descent.float(), tight, total=rest)
     w = base.add_(found.p).clamp_(0, 1)
     return Attempt(w if box else _normalised(w, constraint), definite)
 
@@ -72,29 +72,23 @@ def quick_active_set(M: Tensor, q: Tensor, constraint: str) -> Attempt:
 def quick_newton(
     M: Tensor, q: Tensor, constraint: str, temperature: float, *, definite: bool
 ) -> Attempt:
-    """Minimise ``½wᵀMw - qᵀw + τ Σ w log w``: the plain steps of `newton`, of a fixed number.
+    """Minimise ``½wᵀMw - qᵀw + τ Σ w log w`` by full steps of Newton's method.
 
     The last takes its residual in fp64 and has ``w∘y``, ``(M diag(w) + τ) y = M(v - w) - θ``, to
     add to ``w``, which vanishes at the solution: fp32 is enough for it. Where M is known to be
     ``definite``, its pivots are not looked at.
     """
     tau = temperature
-    M_low, q_low = M.float(), q.clamp(min=_UNWANTED).float()
-    available = q_low.gt(_UNWANTED).float()
-    v = available / available.sum(0)
-    v = soft_choice(q_low - matvec(M_low, v), constraint, tau).weights.add_(v).mul_(0.5)
-    for _ in range(_NEWTON_STEPS):
-        product = matvec(M_low, v)
-        choice = soft_choice(q_low - product, constraint, tau)
-        rhs = product.add_(tau)
-        v = projected_solve(M_low, choice.weights, tau, rhs, choice.tight, total=1.0, eps=_EPS).p
+    M_low, q_low = M.float(), q.clamp(min=-far(torch.float32)).float()
+    v, _ = plain_newton(M_low, q_low, constraint, tau, _ROUGHLY, _NEWTON_STEPS)
     v = v.double()
     choice = soft_choice(q - matvec(M, v), constraint, tau)
     w, tight = choice.weights, choice.tight.float()
     rhs = matvec(M, v.sub_(w)).float()
-    change = projected_solve(M_low, w.float(), tau, rhs, tight, eps=_EPS).p
-    threshold = choice.margin.clamp_(max=_SETTLED)
-    settled = (change.abs() - w * threshold).amax(0).le(0)
+    change = projected_solve(M_low, w.float(), tau, rhs, tight).p
+    settled = (change.abs() - w * _SETTLED).amax(0).le(0)
+    # Capped: a sum that is held may hide how far v is from w, and whether to hold it at all.
+    settled &= rhs.abs_().amax(0).le(choice.margin.mul_(0.5 * tau))
     w = w.add_(change).clamp_(min=0)
     if not definite:
         settled &= _is_definite(relative_pivot(M_low), q.shape[0])

@@ -2,9 +2,9 @@
 
 Shapes: ``M`` is ``[S, S, P]``, a vector of a problem ``[S, P]``, a scalar of a problem ``[P]``,
 with the ``P`` problems contiguous: one step of an elimination is one operation over all problems.
-Everything here is fp64. Masks are 0.0 or 1.0, since arithmetic on them is vectorised where
-``torch.where`` is not. Both iterations, and the derivative of what they find, solve one and the
-same reduced system, `projected_solve`.
+All is fp64, but for the early steps of fp32 problems. Masks are 0.0 or 1.0, since arithmetic on
+them is vectorised where ``torch.where`` is not. Both iterations, and the derivative of what they
+find, solve one and the same reduced system, `projected_solve`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FAR = 1e100  # -FAR is an unavailable scale's linear term: no step finds it worth a weight
 _TINY = 1e-300
 _ACTIVE_SET_STEPS = 64  # 19 were the most seen in millions of problems
 _PLAIN_STEPS = 8
@@ -22,6 +21,11 @@ _CPU_BLOCK = 65536  # weights advanced together: what they touch stays in cache
 _EPS = torch.finfo(torch.float64).eps
 
 State = dict[str, Tensor]
+
+
+def far(dtype: torch.dtype) -> float:
+    """An unavailable scale's linear term is ``-far``: no step finds it worth a weight."""
+    return 1e100 if dtype == torch.float64 else 1e30
 
 
 def matvec(M: Tensor, w: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def projected_solve(
     tight: Tensor | None,
     *,
     total: Tensor | float = 0.0,
-    eps: float = _EPS,
+    eps: float | None = None,
 ) -> "Reduced":
     """``p = d∘(x - θy)`` with ``(M diag(d) + diag(shift)) [x, y] = [rhs, 1]``.
 
@@ -63,12 +67,13 @@ def projected_solve(
     diagonal entry, so the result is finite for any ``M``. Cost: ``⅔S³`` multiply-adds a problem.
     """
     S = d.shape[0]
+    info = torch.finfo(d.dtype)
     T = d.new_empty(S, S + 1 + (tight is not None), d.shape[1])
     torch.mul(M, d, out=T[:, :S])
     diagonal = T[:, :S].diagonal().T
     diagonal.add_(shift)
     diagonal.clamp_(min=0).add_(diagonal.le(0))
-    floor = diagonal * (S * eps)
+    floor = diagonal * (S * (info.eps if eps is None else eps))
     T[:, S] = rhs
     T[:, S + 1 :] = 1
     reciprocals = []
@@ -86,7 +91,8 @@ def projected_solve(
     if tight is None:
         return Reduced(x * d, torch.zeros_like(x[0]), pivots)
     y = T[:, S + 1]
-    theta = (d * x).sum(0).sub_(total).mul_(tight) / (d * y).sum(0).clamp_(min=_TINY)
+    sum_x, sum_y = (T[:, S:] * d[:, None]).sum(0)
+    theta = sum_x.sub_(total).mul_(tight).div_(sum_y.clamp_(min=info.tiny))
     return Reduced(torch.addcmul(x, y, theta, value=-1).mul_(d), theta, pivots)
 
 
@@ -105,7 +111,7 @@ def _iterate(step: Callable[[State], Tensor], state: State, steps: int) -> Tenso
             size = _CPU_BLOCK // num_scales
         blocks = zip(*(x.split(size, -1) for x in state.values()), strict=True)
         done = torch.cat([step(dict(zip(state, block, strict=True))) for block in blocks])
-        left = done.numel() - int(done.sum())
+        left = int(done.eq(0).sum())
         if left == 0 or 2 * left <= done.numel():
             if index is not None:
                 result[:, index] = state["w"]
@@ -131,7 +137,7 @@ def active_set(M: Tensor, q: Tensor, constraint: str) -> Tensor:
     multipliers are right to rounding; the steps before that act as iterative refinement, which is
     why conditioning costs a step and no accuracy.
     """
-    free = q.gt(-FAR).to(q.dtype)
+    free = q.gt(-far(q.dtype)).to(q.dtype)
     state = {
         "M": M,
         "q": q,
@@ -205,11 +211,27 @@ def newton(M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: 
     again from the solution for τ = 0, which is within ``O(τ)``, and halve each step until ``D``
     falls enough.
     """
-    available = q.gt(-FAR).to(q.dtype)
+    v, late = plain_newton(M, q, constraint, temperature, accuracy, _PLAIN_STEPS)
+    if late is not None:
+        M_late, q_late = M.index_select(-1, late), q.index_select(-1, late)
+        v_late = active_set(M_late, q_late, constraint)
+        _damped_newton(M_late, q_late, v_late, constraint, temperature, accuracy)
+        v[:, late] = v_late
+    v.clamp_(min=0)
+    total = v.sum(0)
+    return v.div_(total.clamp_(min=1) if constraint == "capped" else total)
+
+
+def plain_newton(
+    M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: float, steps: int
+) -> tuple[Tensor, Tensor | None]:
+    """`newton`'s full steps alone, in the dtype of ``M``; and the problems that want more."""
+    available = q.gt(-far(q.dtype)).to(q.dtype)
     v = available / available.sum(0)
-    v = v.add_(soft_choice(q - matvec(M, v), constraint, temperature)[0]).mul_(0.5)
+    v = soft_choice(q - matvec(M, v), constraint, temperature).weights.add_(v).mul_(0.5)
     state = {"M": M, "q": q, "w": v, "Mv": matvec(M, v), "open": torch.ones_like(q[0])}
-    state["floor"] = (100 * _EPS) * magnitude(M, q).add_(temperature)
+    eps = torch.finfo(q.dtype).eps
+    state["floor"] = magnitude(M, q).add_(temperature).mul_(100 * eps)
 
     def plain(state: State) -> Tensor:
         target, M_target, choice = _newton_target(state, constraint, temperature)
@@ -221,15 +243,7 @@ def newton(M: Tensor, q: Tensor, constraint: str, temperature: float, accuracy: 
         state["w"].lerp_(target, done)
         return 1 - state["open"].sub_(done)
 
-    late = _iterate(plain, state, _PLAIN_STEPS)
-    if late is not None:
-        M_late, q_late = M.index_select(-1, late), q.index_select(-1, late)
-        v_late = active_set(M_late, q_late, constraint)
-        _damped_newton(M_late, q_late, v_late, constraint, temperature, accuracy)
-        v[:, late] = v_late
-    v.clamp_(min=0)
-    total = v.sum(0)
-    return v.div_(total.clamp_(min=1) if constraint == "capped" else total)
+    return v, _iterate(plain, state, steps)
 
 
 def _newton_target(
@@ -262,7 +276,7 @@ def _damped_newton(
     def damped(state: State) -> Tensor:
         v, Mv, is_open = state["w"], state["Mv"], state["open"]
         target, M_target, choice = _newton_target(state, constraint, tau)
-        value = (v * Mv).sum(0).mul_(0.5).add_(choice.value)
+        value = (v * Mv).sum(0).mul_(0.5).add_(soft_value(state["q"] - Mv, constraint, tau))
         bound = torch.add(state["value"], state["slope"], alpha=1e-4).add_(state["floor"])
         good = value.le(bound).to(v.dtype)
         M_step = M_target.sub_(Mv)
@@ -289,33 +303,34 @@ class SoftChoice(NamedTuple):
     """What `soft_choice` finds; ``margin`` is how far from the kink, in ``y/τ``."""
 
     weights: Tensor
-    value: Tensor
     tight: Tensor
     margin: Tensor
 
 
 def soft_choice(y: Tensor, constraint: str, tau: float) -> SoftChoice:
-    """``argmax`` and ``max`` of ``yᵀw - τ Σ w log w`` over the set, and where ``Σw = 1`` binds.
+    """``argmax`` of ``yᵀw - τ Σ w log w`` over the set, and where ``Σw = 1`` binds.
 
     Simplex: ``softmax(y/τ)``. Capped: ``exp(y/τ - 1)`` while that sums to at most 1, else the same.
     """
     z = y * (1 / tau)
-    top = z.amax(0)
-    z = z.sub_(top).exp_()
-    total = z.sum(0)
-    lse = total.log().add_(top)
+    weights = z.softmax(0)
     if constraint == "simplex":
-        tight = torch.ones_like(lse)
-        w = z.mul_(total.reciprocal_())
-        return SoftChoice(w, lse.mul_(tau), tight, torch.full_like(lse, torch.inf))
-    excess = lse.sub_(1)
-    loose_total = excess.clamp(max=0).exp_()
-    w = z.mul_(loose_total / total)
-    value = loose_total.add_(excess.clamp(min=0)).mul_(tau)
-    return SoftChoice(w, value, excess.gt(0).to(lse.dtype), excess.abs_())
+        return SoftChoice(weights, torch.ones_like(z[0]), torch.full_like(z[0], torch.inf))
+    excess = z.logsumexp(0).sub_(1)
+    weights.mul_(excess.clamp(max=0).exp_())
+    return SoftChoice(weights, excess.gt(0).to(z.dtype), excess.abs_())
+
+
+def soft_value(y: Tensor, constraint: str, tau: float) -> Tensor:
+    """``max`` of ``yᵀw - τ Σ w log w`` over the set."""
+    lse = (y * (1 / tau)).logsumexp(0)
+    if constraint == "capped":
+        excess = lse.sub_(1)
+        lse = excess.clamp(max=0).exp_().add_(excess.clamp_(min=0))
+    return lse.mul_(tau)
 
 
 def magnitude(M: Tensor, q: Tensor) -> Tensor:
     """The size of a problem's numbers, ``max M_ss + max |q_s|`` over its available scales."""
     size_q = q.abs()
-    return M.diagonal().T.amax(0) + size_q.mul_(size_q.lt(FAR)).amax(0)
+    return M.diagonal().T.amax(0) + size_q.mul_(size_q.lt(far(q.dtype))).amax(0)

@@ -21,8 +21,8 @@ from torch import Tensor
 from maha_attn.ops._qp_certificate import certificate, relative_pivot
 from maha_attn.ops._qp_quick import quick_active_set, quick_newton
 from maha_attn.ops._qp_solvers import (
-    FAR,
     active_set,
+    far,
     magnitude,
     newton,
     projected_solve,
@@ -341,7 +341,7 @@ def _attempt(
         return weights, unknown, unknown.clone(), status, sure.logical_not().nonzero()[:, 0]
     residual, gap = certificate(M, q, weights.double(), constraint, temperature)
     size_q = q.abs()
-    limit = size_q.mul_(size_q < FAR).amax(0).add_(1).mul_(0.5 * _LIMIT[torch.float32])
+    limit = size_q.mul_(size_q < far(q.dtype)).amax(0).add_(1).mul_(0.5 * _LIMIT[torch.float32])
     late = sure.logical_and_(residual <= limit).logical_not_().nonzero()[:, 0]
     status = torch.full_like(residual, Status.SOLVED, dtype=torch.int8)
     return weights, residual.float(), gap.float(), status, late
@@ -382,6 +382,6 @@ def _mend(M: Tensor, q: Tensor, available: Tensor) -> tuple[Tensor, Tensor, Tens
     finite = (M_odd.sum((0, 1)) + q_odd.sum(0)).isfinite()
     M_odd.masked_fill_(~finite, 0.0).diagonal().T.add_(~(on & finite))
     some = on.any(0)
-    q_odd.masked_fill_(~finite, 0.0).masked_fill_(~on & some & finite, -FAR)
+    q_odd.masked_fill_(~finite, 0.0).masked_fill_(~on & some & finite, -far(q.dtype))
     M[..., odd], q[:, odd] = M_odd, q_odd
     return odd, odd[~some], odd[~finite]
