@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from maha_attn.ops import fusion
 from maha_attn.ops.fusion import fuse, fuse_stacked
 from maha_attn.ops.pyramid import availability, coarse_length, upsample
 
@@ -29,7 +30,8 @@ def outputs_of(length, *, ratio=2, num_scales=3, causal=True, width=6, dtype=tor
 @pytest.mark.parametrize("ratio", [2, 3])
 @pytest.mark.parametrize("method", ["mean", "static", "gate", "convex", "nash"])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 31])
-def test_runs_of_tokens_equal_the_upsampled_outputs(length, method, ratio, causal):
+def test_tiles_equal_the_upsampled_outputs(monkeypatch, length, method, ratio, causal):
+    monkeypatch.setattr(fusion, "_TILE", 16)  # Several: the batch has two rows.
     outputs = outputs_of(length, ratio=ratio, causal=causal)
     strides = tuple(ratio**s for s in range(len(outputs)))
     options = OPTIONS | {
@@ -65,7 +67,8 @@ def test_runs_of_tokens_equal_the_upsampled_outputs(length, method, ratio, causa
     ],
     ids=str,
 )
-def test_gradients(options):
+def test_gradients(monkeypatch, options):
+    monkeypatch.setattr(fusion, "_TILE", 8)
     outputs = outputs_of(9)
     logits = torch.randn(2, 2, 9, 3).double()
     target = torch.randn(2, 2, 9, 6).double()

@@ -2,6 +2,7 @@
 
 Letters: ``u_s`` the upsampled output of scale ``s``, ``U = (u_0 … u_{S-1})``, ``G = UUᵀ/√K`` their
 Gram matrix, ``y`` the target, ``a`` the prior, ``ρ`` ridge, ``λ`` sparsity, ``τ`` temperature.
+Inside, tokens stand before heads, ``[B, N, H, …]``, as attention and projections leave them.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from torch import Tensor
 from maha_attn.ops.backend import use_triton
 from maha_attn.ops.pyramid import availability
 from maha_attn.ops.qp import solve_qp
+
+_TILE = 1024
+"""Tokens of a batch that a CPU fuses together: their rows stay in its cache."""
 
 
 class Fused(NamedTuple):
@@ -77,8 +81,8 @@ def fuse(
         backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
             and weights per token.
 
-    Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. Coarse
-    outputs are upsampled to the second scale's resolution only: ``r`` tokens in a row share them.
+    Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. No scale is
+    upsampled in full.
     """
     first = outputs[0]
     options = {
@@ -99,13 +103,14 @@ def fuse(
             outputs, strides=strides, causal=causal, fine=fine, certified=certified, **options
         )
     available = availability(tuple(strides), first.shape[2], causal=causal, device=first.device)
+    tokens = [u.transpose(1, 2) for u in outputs]
     with _full_precision(first):
         if fine or len(outputs) == 1:
-            scales = _Stacked(torch.stack(list(outputs), 3))
+            scales = _Stacked(torch.stack(tokens, 3))
         else:
-            scales = _Runs(outputs, strides, causal=causal)
+            scales = _Tiles(tokens, strides, causal=causal)
         shares = _token_shares(lengths, first) if per_sequence else None
-        fused = _fuse(scales, available, shares=shares, certified=certified, **options)
+        fused = _fuse(scales, available[None, None], shares=shares, certified=certified, **options)
     return fused._replace(output=fused.output.to(first.dtype))
 
 
@@ -117,94 +122,102 @@ def fuse_stacked(stacked: Tensor, available: Tensor, **options) -> Fused:
         available: bool, broadcastable to ``[B, H, N, S]``.
         options: ``method`` and what follows it in `fuse`, up to ``constraint``, all of them.
     """
+    available = available[(None,) * (4 - available.dim())]
     with _full_precision(stacked):
-        fused = _fuse(_Stacked(stacked), available, **options)
+        fused = _fuse(_Stacked(stacked.transpose(1, 2)), available, **options)
     return fused._replace(output=fused.output.to(stacked.dtype))
 
 
 class _Stacked:
-    """``U`` in full, ``[B, H, N, S, K]``."""
+    """``U`` in full, ``[B, N, H, S, K]``."""
 
     def __init__(self, stacked: Tensor) -> None:
         self.u = _at_least_fp32(stacked)
         self.shape, self.width, self.dtype = stacked.shape[:-1], stacked.shape[-1], self.u.dtype
 
     def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``UUᵀ`` ``[B, H, N, S, S]`` and ``Uy`` ``[B, H, N, S]``."""
+        """``UUᵀ`` ``[B, N, H, S, S]`` and ``Uy`` ``[B, N, H, S]``."""
         against = None if target is None else (self.u @ target.to(self.u.dtype)[..., None])[..., 0]
         return self.u @ self.u.mT, against
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``Σ_s w_s u_s``, ``[B, H, N, K]``."""
+        """``Σ_s w_s u_s``, ``[B, N, H, K]``."""
         return (weights.to(self.u.dtype)[..., None, :] @ self.u)[..., 0, :]
 
 
-class _Runs:
-    """``U`` as runs of ``r`` tokens that share their coarse blocks: the same, in less memory.
+class _Tiles:
+    """``U`` tile by tile of tokens, so that a CPU's cache holds what is made of it.
 
     Causal, token ``t`` takes block ``⌊(t+1)/r^s⌋ - 1``. With one token put before the sequence, and
-    one zero block before every scale's, run ``g`` is the tokens ``rg … rg+r-1`` and takes block
-    ``⌊g/r^(s-1)⌋`` of scale ``s``. Hence ``r`` rows of the finest scale and one of each other:
-    ``[B, H, G, r + S - 1, K]``.
+    one zero block before every scale's, it takes block ``⌊t/r^s⌋``: the digits of ``t`` in base
+    ``r`` without the last ``s``. Hence the tokens of a tile are ``[B, C, r, …, r, H, K]``, ``C``
+    coarsest blocks and ``S - 1`` digits, and the blocks of scale ``s`` are broadcast to them along
+    the last ``s`` digits.
     """
 
     def __init__(self, outputs: Sequence[Tensor], strides: Sequence[int], *, causal: bool) -> None:
-        batch, heads, self.length, self.width = outputs[0].shape
-        self.shape = (batch, heads, self.length, len(outputs))
-        self.before, self.ratio = int(causal), strides[1]
-        self.num_runs = -(-(self.length + self.before) // self.ratio)
-        parts = [self.runs(_at_least_fp32(outputs[0]))]
-        for u, stride in zip(outputs[1:], strides[1:], strict=True):
-            blocks = F.pad(_at_least_fp32(u), (0, 0, self.before, 0))
-            blocks = blocks.repeat_interleave(stride // self.ratio, 2)
-            parts.append(blocks[:, :, : self.num_runs, None])
-        self.u = torch.cat(parts, 3)
-        self.dtype = self.u.dtype
+        first = outputs[0]
+        batch, length, heads, self.width = first.shape
+        self.shape = (batch, length, heads, len(outputs))
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.strides, self.before = strides, int(causal)
+        positions, in_cache = length + self.before, first.device.type == "cpu"
+        in_cache = in_cache and not torch.compiler.is_compiling()
+        num_tiles = max(round(batch * positions / _TILE), 1) if in_cache else 1
+        self.size = -(-positions // (num_tiles * strides[-1])) * strides[-1]
+        scales = (self._tiles(u, stride) for u, stride in zip(outputs, strides, strict=True))
+        self.tiles = list(zip(*scales, strict=True))
 
-    def runs(self, x: Tensor) -> Tensor:
-        """``[B, H, N, C]`` to ``[B, H, G, r, C]``."""
-        after = self.num_runs * self.ratio - self.before - self.length
-        return F.pad(x, (0, 0, self.before, after)).unflatten(2, (self.num_runs, self.ratio))
+    def _tiles(self, x: Tensor, stride: int = 1) -> list[Tensor]:
+        """``[B, N_s, H, C]`` in tiles; what lies before and after the sequence is zero."""
+        before, size, positions = self.before, self.size // stride, x.shape[1] + self.before
+        sizes = [min(size, positions - start) for start in range(0, positions, size)]
+        after = -sizes[-1] % (self.strides[-1] // stride)
+        num_tiles = len(sizes)
+        sizes[0] -= before
+        digits = [self.strides[1] if stride < coarser else 1 for coarser in self.strides[:0:-1]]
+        tiles = []
+        for i, tile in enumerate(x.split(sizes, 1)):
+            ends = (before if i == 0 else 0, after if i == num_tiles - 1 else 0)
+            tile = F.pad(tile, (0, 0, 0, 0, *ends)) if any(ends) else tile
+            tiles.append(tile.to(self.dtype).unflatten(1, (-1, *digits)))
+        return tiles
 
-    def tokens(self, runs: Tensor) -> Tensor:
-        """``[B, H, G, r, …]`` to ``[B, H, N, …]``."""
-        return runs.flatten(2, 3)[:, :, self.before : self.before + self.length]
+    def _sequence(self, tiles: list[Tensor], dim: int) -> Tensor:
+        """The tokens of the sequence, out of those of all tiles along ``dim``."""
+        last = len(tiles) - 1
+        ends = self.before + self.shape[1] - last * self.size
+        tiles[last] = tiles[last].narrow(dim, 0, ends)
+        tiles[0] = tiles[0].narrow(dim, self.before, tiles[0].shape[dim] - self.before)
+        return torch.cat(tiles, dim)
 
     def products(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As `_Stacked.products`."""
-        num_scales, last = self.shape[-1], self.ratio - 1
-        # Entry by entry: the solver wants the problems contiguous, one matrix entry after another.
-        pairs = self.u @ self.u.mT
-        own = pairs.diagonal(dim1=-2, dim2=-1)[..., : self.ratio]
-        entries = []
-        for i in range(num_scales):
-            for j in range(num_scales):
-                if i == j == 0:
-                    entry = own
-                elif i == 0 or j == 0:
-                    entry = pairs[..., : self.ratio, last + i + j]
-                else:
-                    entry = pairs[..., last + i, None, last + j].expand(own.shape)
-                entries.append(self.tokens(entry))
-        gram = torch.stack(entries).unflatten(0, (num_scales, -1)).permute(2, 3, 4, 0, 1)
-        if target is None:
-            return gram, None
-        pairs = self.runs(target.to(self.dtype)) @ self.u.mT
-        against = [pairs.diagonal(dim1=-2, dim2=-1), *pairs[..., self.ratio :].unbind(-1)]
-        against = torch.stack([self.tokens(entry) for entry in against]).permute(1, 2, 3, 0)
-        return gram, against
+        """As `_Stacked.products`; of two scales, at the resolution of the finer one."""
+        scales, entries = range(self.shape[-1]), []
+        targets = [()] * len(self.tiles) if target is None else zip(self._tiles(target))
+        for tile, y in zip(self.tiles, targets, strict=True):
+            upper = [[torch.linalg.vecdot(u, v) for v in tile[i:]] for i, u in enumerate(tile)]
+            dots = [upper[min(i, j)][abs(i - j)] for i in scales for j in scales]
+            dots += [torch.linalg.vecdot(*y, u) for u in tile if y]
+            dots = torch.stack([dot.expand(tile[0].shape[:-1]) for dot in dots])
+            entries.append(dots.unflatten(0, (-1, len(scales))).flatten(3, -2))
+        # The solver wants its problems contiguous, one matrix entry after another.
+        found = self._sequence(entries, 3).permute(2, 3, 4, 0, 1)
+        return found[..., : len(scales), :], None if target is None else found[..., -1, :]
 
     def combine(self, weights: Tensor) -> Tensor:
         """As `_Stacked.combine`."""
-        first, *others = self.runs(weights.to(self.dtype)).split(1, -1)
-        fused = first * self.u[..., : self.ratio, :]
-        for s, weight in enumerate(others, self.ratio):
-            fused.addcmul_(weight, self.u[..., s, None, :])
-        return self.tokens(fused)
+        fused = []
+        for (finest, *others), weight in zip(self.tiles, self._tiles(weights), strict=True):
+            total = finest * weight[..., :1]
+            for s, u in enumerate(others, 1):
+                total.addcmul_(u, weight[..., s, None])
+            fused.append(total.flatten(1, -3))
+        return self._sequence(fused, 1)
 
 
 def _fuse(
-    scales: _Stacked | _Runs,
+    scales: _Stacked | _Tiles,
     available: Tensor,
     *,
     method: str,
@@ -218,26 +231,25 @@ def _fuse(
     shares: Tensor | None = None,
     certified: bool = True,
 ) -> Fused:
-    """`fuse` of any representation; ``shares`` ``[B, 1, N, 1]`` average over each row's tokens."""
+    """`fuse` of any representation; ``shares`` ``[B, N, 1, 1]`` average over each row's tokens."""
     residual = status = None
+    available = available.transpose(1, 2)
+    logits = None if logits is None else logits.transpose(1, 2)
     if shares is not None:
-        available = available[..., :1, :]  # Bidirectional: every scale is available everywhere.
+        available = available[:, :1]  # Bidirectional: every scale is available everywhere.
     if method in ("convex", "nash"):
-        gram, against = scales.products(target if method == "convex" else None)
+        y = target.transpose(1, 2) if method == "convex" and target is not None else None
+        gram, against = scales.products(y)
         scale = scales.width**-0.5
-        matrix = gram * scale
         if method == "nash":
-            linear = matrix.diagonal(dim1=-2, dim2=-1) - sparsity
+            linear = gram.diagonal(dim1=-2, dim2=-1) * scale - sparsity
         else:
-            linear = (
-                matrix.new_full((), -sparsity) if against is None else against * scale - sparsity
-            )
-            linear = linear if logits is None else linear + logits.to(matrix.dtype)
+            linear = gram.new_full((), -sparsity) if against is None else against * scale - sparsity
+            linear = linear if logits is None else linear + logits.to(gram.dtype)
             if gram_scale is not None:
-                matrix = matrix * gram_scale.to(matrix.dtype)[:, None, None, None]
-        matrix = matrix + ridge * torch.eye(
-            matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
-        )
+                scale = scale * gram_scale.to(gram.dtype)[:, None, None]
+        matrix = gram * scale
+        matrix.diagonal(dim1=-2, dim2=-1).add_(ridge)
         solution = solve_qp(
             _mean(matrix, None if shares is None else shares[..., None]),
             _mean(linear.expand(scales.shape), shares),
@@ -248,14 +260,15 @@ def _fuse(
         )
         weights = solution.weights
         if certified:
-            residual, status = solution.residual, solution.status
+            residual, status = (t.transpose(1, 2) for t in (solution.residual, solution.status))
     else:
         if logits is None:
             logits = torch.zeros(1, 1, 1, 1, dtype=scales.dtype, device=available.device)
         logits = _at_least_fp32(_mean(logits, shares))
         weights = logits.masked_fill(~available, -torch.inf).softmax(-1)
-        weights = weights.expand(*scales.shape[:2], -1, -1)
-    return Fused(scales.combine(weights.expand(scales.shape)), weights, residual, status)
+        weights = weights.expand(scales.shape[0], -1, scales.shape[2], -1)
+    output = scales.combine(weights.expand(scales.shape))
+    return Fused(output.transpose(1, 2), weights.transpose(1, 2), residual, status)
 
 
 def _full_precision(like: Tensor) -> AbstractContextManager:
@@ -271,16 +284,16 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _token_shares(lengths: Tensor | None, like: Tensor) -> Tensor:
-    """``[B, 1, N, 1]``: 1/length for a row's real tokens, 0 for its padding."""
+    """``[B, N, 1, 1]``: 1/length for a row's real tokens, 0 for its padding."""
     length = like.shape[2]
     if lengths is None:
-        return torch.full((1, 1, length, 1), 1 / length, device=like.device)
+        return torch.full((1, length, 1, 1), 1 / length, device=like.device)
     real = torch.arange(length, device=like.device) < lengths[:, None]
-    return (real / lengths.clamp(min=1)[:, None])[:, None, :, None]
+    return (real / lengths.clamp(min=1)[:, None])[..., None, None]
 
 
 def _mean(x: Tensor, shares: Tensor | None) -> Tensor:
-    """Mean over a row's tokens (dimension 2); ``x`` itself where each has its own weights."""
-    if shares is None or x.shape[2] == 1:
+    """Mean over a row's tokens (dimension 1); ``x`` itself where each has its own weights."""
+    if shares is None or x.shape[1] == 1:
         return x
-    return (x * shares.to(x.dtype)).sum(2, keepdim=True)
+    return (x * shares.to(x.dtype)).sum(1, keepdim=True)
