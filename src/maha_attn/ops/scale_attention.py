@@ -94,16 +94,19 @@ def _block_local_attention(
     length = q.shape[2]
     # Queries whose window starts before the sequence are few: they go densely, and all other
     # blocks share one mask.
-    head = 0
+    head = 0 if ahead else min(-(-back // BLOCK) * BLOCK, length)
     outputs = []
-    if ahead == 0:
-        head = min(-(-back // BLOCK) * BLOCK, length)
+    if head:
         mask = _band(head, head, 0, back, 0, q)
         first = (t[:, :, :head] for t in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*first, attn_mask=mask))
-    if head < length:
-        outputs.append(_blocks(q, k, v, head, back, ahead, lengths))
-    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+        out = F.scaled_dot_product_attention(*first, attn_mask=mask)
+        if head == length:
+            return out
+        outputs.append(out.unflatten(2, (-1, BLOCK)))
+    outputs.append(_blocks(q, k, v, head, back, ahead, lengths))
+    # Tokens before heads in memory, which is how projections and fusion read them.
+    blocks = torch.cat([out.permute(0, 2, 3, 1, 4) for out in outputs], 1)
+    return blocks.flatten(1, 2)[:, :length].transpose(1, 2)
 
 
 def _blocks(
@@ -115,18 +118,17 @@ def _blocks(
     ahead: int,
     lengths: Tensor | None,
 ) -> Tensor:
-    """The blocks of queries from ``head`` on, each with its own strip of keys."""
-    batch, heads, length, width = q.shape
+    """The blocks of queries from ``head`` on, each with its strip: ``[B, H, blocks, BLOCK, K]``."""
+    batch, heads, length, _ = q.shape
     num_blocks = -(-(length - head) // BLOCK)
     reach = -(-back // 16) * 16  # Whole vectors: matrix products run up to a tenth faster.
     strip = BLOCK + reach + ahead
     before = reach - head
     missing = head + num_blocks * BLOCK - length
-    q = _extend(q, -head, missing).unflatten(2, (num_blocks, BLOCK))
-    # Overlapping views, not copies.
+    # Rows and heads as one dimension first: strips overlap and must stay views.
+    q = _extend(q, -head, missing).flatten(0, 1).unflatten(1, (num_blocks, BLOCK))
     k, v = (
-        _extend(t, before, missing + ahead).unfold(2, strip, BLOCK).transpose(-1, -2)
-        for t in (k, v)
+        _extend(t, before, missing + ahead).flatten(0, 1).unfold(1, strip, BLOCK).mT for t in (k, v)
     )
     mask = _band(BLOCK, strip, reach, back, ahead, q)
     if ahead or lengths is not None:
@@ -141,10 +143,8 @@ def _blocks(
         own = torch.eye(BLOCK, strip, dtype=torch.bool, device=q.device).roll(reach, 1)
         mask = mask | (own & ~mask.any(-1, keepdim=True))
         mask = mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-    shape = (batch * heads, num_blocks)
-    q, k, v = (t.reshape(*shape, *t.shape[3:]) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.reshape(batch, heads, num_blocks * BLOCK, width)[:, :, : length - head]
+    return out.unflatten(0, (batch, heads))
 
 
 def _extend(x: Tensor, before: int, after: int) -> Tensor:
