@@ -24,7 +24,7 @@ def rotary_table(
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
     angles = positions.to(dtype)[..., None] * theta ** (-exponents / head_dim)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), -2)
+    return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, head_dim))
 
 
 def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
@@ -36,9 +36,33 @@ def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
         from maha_attn.ops.triton.rotary import rotate_projection
 
         return rotate_projection(x[:, :, None], table)[0].transpose(1, 2)
+    return _rotate_op(x, table)
+
+
+@torch.library.custom_op("maha_attn::rotate", mutates_args=())
+def _rotate_op(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table[..., None, :, :].unbind(-2)
     half = x.shape[-1] // 2
-    y = x * cos  # In place from here on: no further tensor of this size.
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype), device=x.device)
+    torch.mul(x, cos, out=y)  # In place from here on: no further tensor of this size.
     y[..., :half].addcmul_(x[..., half:], sin[..., :half])
     y[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return y.to(x.dtype)
+
+
+@_rotate_op.register_fake
+def _(x, table):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    """The derivative of a rotation is the rotation back."""
+    (table,) = ctx.saved_tensors
+    return _rotate_op(grad, table * table.new_tensor([[1.0], [-1.0]])), None
+
+
+_rotate_op.register_autograd(_backward, setup_context=_setup_context)
