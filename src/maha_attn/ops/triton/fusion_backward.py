@@ -1,0 +1,146 @@
+"""Fusion, backward."""
+
+# A kernel's parameters have no Python types, and its language no starred expressions.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+from maha_attn.ops.triton.fusion_tile import (
+    addresses,
+    combine,
+    gram_matrix,
+    load,
+    load_scales,
+    place,
+    problem,
+    small,
+    sum_blocks,
+    tile_weights,
+    upsample,
+)
+from maha_attn.ops.triton.small_qp import adjoint, dot, matvec
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
+def backward_kernel(
+    do_ptr, do_strides, dw_ptr, dw_strides, u_ptrs, u_strides, y_ptr, y_strides, gamma_ptr,
+    weights_ptr, weights_strides, du_ptrs, du_strides, dy_ptr, dy_strides,
+    dlogits_ptr, dlogits_strides, dgamma_ptr,
+    num_tokens, num_heads, num_tiles, scale, ridge, temperature,
+    METHOD: tl.constexpr, CONSTRAINT: tl.constexpr, SOFT: tl.constexpr, FINEST: tl.constexpr,
+    RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Gradients from the weights alone.
+
+    With ``a = q̄`` (`small_qp.adjoint`) and ``A = Σ_s a_s u_s``: ``ȳ = A/√K``, ``γ̄ = -aᵀGw``, and
+    ``ū_s = w_s (Ō* - γA/√K) + a_s (y - γO*)/√K``; Nash has ``2u_s`` for ``y`` and 1 for γ. A
+    block's gradient is summed in registers over its tokens in the tile; where a block spans several
+    tiles, each writes its share, in fp32, and `_fuse_backward` adds them up.
+    """
+    S: tl.constexpr = len(u_ptrs)
+    QP: tl.constexpr = METHOD == "convex" or METHOD == "nash"
+    row, tile, first_head, head, token, real = place(
+        num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
+    )
+    w = ()
+    pointers = small(weights_ptr, weights_strides, row, head, token, SHIFT)
+    for s in tl.static_range(S):
+        w = w + (tl.load(pointers + s, mask=real, other=0.0),)
+    tile_w = tile_weights(w, HEADS, TOKENS, PIECE)
+    gamma = 1.0
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + head)
+    if METHOD != "mean":
+        gram, grad = gram_matrix(
+            u_ptrs, u_strides, do_ptr, do_strides, row, first_head, tile, num_tokens, scale,
+            RATIO, FINE, SHIFT, WIDTH, QP, HEADS, TOKENS, PIECE,
+        )  # fmt: skip
+        if dw_ptr is not None:
+            pointers = small(dw_ptr, dw_strides, row, head, token, SHIFT)
+            total_grad = grad
+            grad = ()
+            for s in tl.static_range(S):
+                extra = tl.load(pointers + s * dw_strides[3], mask=real, other=0.0)
+                grad = grad + (total_grad[s] + extra,)
+        if QP:
+            M = problem(gram, gamma_ptr, head, ridge)
+            a = adjoint(M, w, grad, temperature, CONSTRAINT, SOFT)
+            if dgamma_ptr is not None:
+                value = tl.reshape(dot(a, matvec(gram, w)), HEADS, TOKENS)
+                value = tl.where(tl.reshape(real, HEADS, TOKENS), value, 0.0)
+                offset = (row * num_tiles + tile) * num_heads + first_head + tl.arange(0, HEADS)
+                tl.store(dgamma_ptr + offset, -tl.sum(value, 1))
+        else:
+            mean = dot(w, grad)
+            a = ()
+            for s in tl.static_range(S):
+                a = a + (w[s] * (grad[s] - mean),)
+        if dlogits_ptr is not None:
+            pointers = small(dlogits_ptr, dlogits_strides, row, head, token, SHIFT)
+            for s in tl.static_range(S):
+                tl.store(pointers + s * dlogits_strides[3], a[s], mask=real)
+        tile_a = tile_weights(a, HEADS, TOKENS, PIECE)
+        tile_gamma = gamma
+        if gamma_ptr is not None:
+            tile_gamma = tl.load(
+                gamma_ptr + first_head + tl.arange(0, HEADS * PIECE)[None] // PIECE
+            )
+    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+        left = load(
+            do_ptr, do_strides, row, first_head, tile, piece, num_tokens,
+            TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        if QP:
+            u = load_scales(
+                u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
+                RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+            )  # fmt: skip
+            dy = combine(tile_a, u, TOKENS) * scale
+            left -= tile_gamma * dy
+            if dy_ptr is not None:
+                _store_blocks(
+                    dy_ptr, dy_strides, dy, row, first_head, tile, piece, num_tokens,
+                    1, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+                )  # fmt: skip
+            right = -tile_gamma * scale * combine(tile_w, u, TOKENS)
+            if FINEST:
+                right += u[0] * scale
+            elif y_ptr is not None:
+                y = load(
+                    y_ptr, y_strides, row, first_head, tile, piece, num_tokens,
+                    TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
+                )  # fmt: skip
+                right += y * scale
+        for s in tl.static_range(S):
+            du = tile_w[s] * left
+            if QP:
+                du += tile_a[s] * right
+                if METHOD == "nash":
+                    du += tile_a[s] * (2 * scale) * upsample(u[s], TOKENS)
+                if FINEST and s == 0:
+                    du += dy
+            _store_blocks(
+                du_ptrs[s], du_strides[s], du, row, first_head, tile, piece, num_tokens,
+                1 if FINE else RATIO**s, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_blocks(
+    ptr, strides, x, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    STRIDE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sum ``[TOKENS, C]`` over the tokens of each block and write it.
+
+    Blocks longer than a tile: the tile's share goes to its own row of a buffer.
+    """
+    pointers, exists = addresses(
+        ptr, strides, row, first_head, tile, piece, num_tokens,
+        TOKENS, min(STRIDE, TOKENS), SHIFT, SHIFT if STRIDE <= TOKENS else 0, HEADS, PIECE, WIDTH,
+    )  # fmt: skip
+    blocks = sum_blocks(x, max(TOKENS // STRIDE, 1))
+    tl.store(pointers, blocks.to(ptr.dtype.element_ty), mask=exists)

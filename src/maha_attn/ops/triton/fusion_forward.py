@@ -1,0 +1,102 @@
+"""Fusion, forward."""
+
+# A kernel's parameters have no Python types, and its language no starred expressions.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+from maha_attn.ops.triton.fusion_tile import (
+    addresses,
+    combine,
+    gram_matrix,
+    load,
+    load_scales,
+    place,
+    problem,
+    small,
+    tile_weights,
+)
+from maha_attn.ops.triton.small_qp import FAR, certify, largest, solve, total
+
+
+@triton.jit
+def _softmax(logits, token, RATIO: tl.constexpr, SHIFT: tl.constexpr):
+    """Softmax over the available scales."""
+    S: tl.constexpr = len(logits)
+    masked, e, result = (logits[0],), (), ()
+    for s in tl.static_range(1, S):
+        masked = masked + (tl.where(token >= SHIFT * RATIO**s, logits[s], float("-inf")),)
+    top = largest(masked)
+    for s in tl.static_range(S):
+        e = e + (tl.exp(masked[s] - top),)
+    mass = total(e)
+    for s in tl.static_range(S):
+        result = result + (e[s] / mass,)
+    return result
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
+def forward_kernel(
+    u_ptrs, u_strides, y_ptr, y_strides, logits_ptr, logits_strides, gamma_ptr,
+    o_ptr, o_strides, weights_ptr, weights_strides, residual_ptr, status_ptr,
+    num_tokens, num_heads, num_tiles, scale, ridge, sparsity, temperature,
+    METHOD: tl.constexpr, CONSTRAINT: tl.constexpr, SOFT: tl.constexpr, FINEST: tl.constexpr,
+    RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    S: tl.constexpr = len(u_ptrs)
+    row, tile, first_head, head, token, real = place(
+        num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
+    )
+    logits = ()
+    for s in tl.static_range(S):
+        if logits_ptr is None:
+            logits = logits + (head * 0.0,)
+        else:
+            pointers = small(logits_ptr, logits_strides, row, head, token, SHIFT)
+            value = tl.load(pointers + s * logits_strides[3], mask=real, other=0.0)
+            logits = logits + (value.to(tl.float32),)
+    if METHOD == "convex" or METHOD == "nash":
+        gram, b = gram_matrix(
+            u_ptrs, u_strides, y_ptr, y_strides, row, first_head, tile, num_tokens, scale,
+            RATIO, FINE, SHIFT, WIDTH, True, HEADS, TOKENS, PIECE,
+        )  # fmt: skip
+        q = ()
+        for s in tl.static_range(S):
+            if METHOD == "nash":
+                value = gram[s][s] - sparsity
+            else:
+                value = logits[s] - sparsity
+                if FINEST:
+                    value += gram[s][0]
+                elif y_ptr is not None:
+                    value += b[s] * scale
+            if s > 0:
+                value = tl.where(token >= SHIFT * RATIO**s, value, -FAR)
+            q = q + (value,)
+        M = problem(gram, gamma_ptr, head, ridge)
+        w = solve(M, q, temperature, CONSTRAINT, SOFT)
+        if residual_ptr is not None:
+            residual, status = certify(M, q, w, temperature, CONSTRAINT, SOFT)
+            offset = (row * num_heads + head) * num_tokens + (token - SHIFT)
+            tl.store(residual_ptr + offset, residual, mask=real)
+            tl.store(status_ptr + offset, status.to(tl.int8), mask=real)
+    else:
+        w = _softmax(logits, token, RATIO, SHIFT)
+    if weights_ptr is not None:
+        pointers = small(weights_ptr, weights_strides, row, head, token, SHIFT)
+        for s in tl.static_range(S):
+            tl.store(pointers + s, w[s], mask=real)
+    tile_w = tile_weights(w, HEADS, TOKENS, PIECE)
+    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+        u = load_scales(
+            u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        pointers, exists = addresses(
+            o_ptr, o_strides, row, first_head, tile, piece, num_tokens,
+            TOKENS, 1, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        tl.store(pointers, combine(tile_w, u, TOKENS).to(o_ptr.dtype.element_ty), mask=exists)

@@ -1,0 +1,235 @@
+"""Device functions of the fusion kernels: a tile of tokens and heads, and its problems.
+
+Tokens are counted from ``t' = t + shift`` with shift 1 when causal, else 0: the block of scale
+``s`` that token ``t`` sees is then ``⌊t'/r^s⌋``, stored in row ``⌊t'/r^s⌋ - shift``, and a tile of
+``TOKENS`` aligned tokens holds whole blocks. Upsampling is a broadcast in registers.
+
+Deliberate: a program is one warp with one problem a lane, so that nothing waits for a barrier and
+the solver runs in registers (`small_qp`). A tile is ``[T, C]``: tokens in registers, and over the
+lanes, as they lie in memory, ``C/G`` channels of each of ``G`` heads. A head has as many lanes as
+the tile has tokens, so sums over its channels end with one token a lane: problems, ``[G · T]``.
+"""
+
+# A kernel's parameters have no Python types, and its language no starred expressions.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def upsample(x, ROWS: tl.constexpr):
+    """Repeat each row of ``[R, C]`` so that there are ``ROWS``."""
+    if x.shape[0] == ROWS:
+        return x
+    else:
+        wide = tl.broadcast_to(x[:, None], x.shape[0], ROWS // x.shape[0], x.shape[1])
+        return tl.reshape(wide, ROWS, x.shape[1])
+
+
+@triton.jit
+def sum_blocks(x, ROWS: tl.constexpr):
+    """Sum ``[T, C]`` over runs of tokens so that there are ``ROWS``."""
+    if x.shape[0] == ROWS:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, ROWS, x.shape[0] // ROWS, x.shape[1]), 1)
+
+
+@triton.jit
+def exchange(x):
+    """Sum ``[R, D, L]`` over ``L`` lanes, each of which keeps one of ``L`` tokens: ``[D · L]``.
+
+    A row belongs to ``L/R`` tokens. Lanes exchange halves of what they hold: ``L - 1`` shuffles
+    instead of the ``L log L`` of sums that every lane keeps.
+    """
+    R: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    L: tl.constexpr = x.shape[2]
+    if L == 1:
+        return tl.reshape(x, D)
+    elif R == 1:
+        own = tl.reshape(x, 1, D, 2, L // 2)
+        return exchange(tl.reshape(own + tl.flip(own, 2), 1, 2 * D, L // 2))
+    else:
+        halves = tl.permute(tl.reshape(x, 2, R // 2, D, 2, L // 2), 1, 2, 3, 4, 0)
+        early, late = tl.split(halves)
+        upper = tl.arange(0, 2)[None, None, :, None] == 1
+        kept, given = tl.where(upper, late, early), tl.where(upper, early, late)
+        return exchange(tl.reshape(kept + tl.flip(given, 2), R // 2, 2 * D, L // 2))
+
+
+@triton.jit
+def addresses(
+    ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Pointers to, and existence of, a piece ``[R, G · PIECE]`` of a tile at stride ``STRIDE``.
+
+    ``OFFSET``: the stored row of block 0 is ``-OFFSET``. Rows of blocks before the first or without
+    a token do not exist.
+    """
+    first = tile * TOKENS // STRIDE
+    block = tl.arange(0, max(TOKENS // STRIDE, 1))[:, None]
+    lane = tl.arange(0, HEADS * PIECE)[None]
+    column = piece * PIECE + lane % PIECE
+    exists = (first + block) * STRIDE < num_tokens + SHIFT
+    if SHIFT:
+        exists = exists & (first + block >= 1)
+    if (piece + 1) * PIECE > WIDTH:
+        exists = exists & (column < WIDTH)
+    start = ptr + row * strides[0] + first_head.to(tl.int64) * strides[1]
+    start += (tl.cast(first, tl.int64) - OFFSET) * strides[2]
+    return start + (block * strides[2] + lane // PIECE * strides[1] + column), exists
+
+
+@triton.jit
+def load(
+    ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, AVAILABLE: tl.constexpr, SHIFT: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A piece of a scale's output, zero where it does not exist or, fine, is not available."""
+    pointers, exists = addresses(
+        ptr, strides, row, first_head, tile, piece, num_tokens,
+        TOKENS, STRIDE, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
+    )  # fmt: skip
+    if STRIDE < AVAILABLE:
+        exists = exists & (tile * TOKENS + tl.arange(0, TOKENS)[:, None] >= AVAILABLE * SHIFT)
+    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_scales(
+    ptrs, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    RATIO: tl.constexpr, FINE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`load` for every scale."""
+    result = ()
+    for s in tl.static_range(len(ptrs)):
+        result = result + (
+            load(
+                ptrs[s], strides[s], row, first_head, tile, piece, num_tokens,
+                TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH,
+            ),
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def combine(w, u, TOKENS: tl.constexpr):
+    """``Σ_s w_s u_s`` for every token; ``w`` from `tile_weights`."""
+    result = w[0] * upsample(u[0], TOKENS)
+    for s in tl.static_range(1, len(w)):
+        result += w[s] * upsample(u[s], TOKENS)
+    return result
+
+
+@triton.jit
+def products(a, b, HEADS: tl.constexpr, LANES: tl.constexpr):
+    """``Σ_k a_k b_k`` over each lane's channels, for every row of the finer: ``[R, G, LANES]``."""
+    ROWS: tl.constexpr = max(a.shape[0], b.shape[0])
+    both = upsample(a, ROWS) * upsample(b, ROWS)
+    return tl.sum(tl.reshape(both, ROWS, HEADS, LANES, both.shape[1] // (HEADS * LANES)), 3)
+
+
+@triton.jit
+def gram_matrix(
+    u_ptrs, u_strides, y_ptr, y_strides, row, first_head, tile, num_tokens, scale,
+    RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    GRAM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """``G = UUᵀ/√K`` as rows (where ``GRAM``) and ``Uy`` (where ``y_ptr``), of every problem."""
+    S: tl.constexpr = len(u_ptrs)
+    sums = ()
+    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+        u = load_scales(
+            u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        parts = ()
+        if GRAM:
+            for i in tl.static_range(S):
+                for j in tl.static_range(i, S):
+                    parts = parts + (products(u[i], u[j], HEADS, TOKENS),)
+        if y_ptr is not None:
+            y = load(
+                y_ptr, y_strides, row, first_head, tile, piece, num_tokens,
+                TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
+            )  # fmt: skip
+            for i in tl.static_range(S):
+                parts = parts + (products(u[i], y, HEADS, TOKENS),)
+        old = sums
+        sums = ()
+        for n in tl.static_range(len(parts)):
+            sums = sums + ((old[n] + parts[n]) if piece > 0 else parts[n],)
+    rows, b = (), ()
+    for i in tl.static_range(S if GRAM else 0):
+        entries = ()
+        for j in tl.static_range(S):
+            if j < i:
+                entries = entries + (rows[j][i],)
+            else:
+                entries = entries + (exchange(sums[i * S - i * (i - 1) // 2 + j - i]) * scale,)
+        rows = rows + (entries,)
+    if y_ptr is not None:
+        for i in tl.static_range(S):
+            b = b + (exchange(sums[len(sums) - S + i]),)
+    return rows, b
+
+
+@triton.jit
+def problem(gram, gamma_ptr, head, ridge):
+    """``M = γG + ρI``."""
+    gamma = 1.0 if gamma_ptr is None else tl.load(gamma_ptr + head)
+    rows = ()
+    for i in tl.static_range(len(gram)):
+        entries = ()
+        for j in tl.static_range(len(gram)):
+            value = gram[i][j] * gamma
+            if i == j:
+                value += ridge
+            entries = entries + (value,)
+        rows = rows + (entries,)
+    return rows
+
+
+@triton.jit
+def place(
+    num_tokens, num_heads, num_tiles, HEADS: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """``row``, ``tile`` and first head of a program; head, ``t'`` and existence of its problems.
+
+    Heads run fastest, as in memory.
+    """
+    groups = num_heads // HEADS
+    index = tl.program_id(0)
+    first_head = index % groups * HEADS
+    tile = index // groups % num_tiles
+    row = tl.cast(index // groups // num_tiles, tl.int64)
+    problem = tl.arange(0, HEADS * TOKENS)
+    head = first_head + problem // TOKENS
+    token = tile * TOKENS + problem % TOKENS
+    real = (token >= SHIFT) & (token < num_tokens + SHIFT)
+    return row, tile, first_head, head, token, real
+
+
+@triton.jit
+def small(ptr, strides, row, head, token, SHIFT: tl.constexpr):
+    """Pointers to the program's problems in a ``[B, H, N, …]`` tensor."""
+    start = ptr + row * strides[0] + head.to(tl.int64) * strides[1]
+    return start + (token - SHIFT).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def tile_weights(w, HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr):
+    """Weights of problems, ``[G · T]``, at each channel of the tile, ``[T, G · PIECE]``."""
+    result = ()
+    for s in tl.static_range(len(w)):
+        heads = tl.trans(tl.reshape(w[s], HEADS, TOKENS))[:, :, None]
+        wide = tl.broadcast_to(heads, TOKENS, HEADS, PIECE)
+        result = result + (tl.reshape(wide, TOKENS, HEADS * PIECE),)
+    return result
