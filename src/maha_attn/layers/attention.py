@@ -1,5 +1,6 @@
 """`MultiscaleAttention`: the whole layer, from tokens to tokens."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -99,24 +100,24 @@ class MultiscaleAttention(nn.Module):
         lengths = order = None
         if padding_mask is not None:
             lengths = padding_mask.sum(1)
-            # Stable: the real tokens move to the front of their row, in order.
-            order = torch.sort(~padding_mask, dim=1, stable=True).indices
-            x = _take(torch.where(padding_mask[..., None], x, 0), order)
-        if cache is None:
-            output, info = self._full(x, lengths, certified=return_info)
+            x = torch.where(padding_mask[..., None], x, 0)
+            if x.shape[1] > 1:
+                # Stable: the real tokens move to the front of their row, in order.
+                order = torch.sort(~padding_mask, dim=1, stable=True).indices
+                x = _take(x, order)
+        if cache is None or cache.is_empty:
+            output, info = self._full(x, lengths, cache, certified=return_info)
         else:
-            counts = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
-            if cache.is_empty:
-                output, info = self._full(x, lengths, cache, counts, certified=return_info)
-            else:
-                output, info = decoding.extend(self, cache, x, counts)
+            output, info = decoding.extend(self, cache, x, lengths)
+        if cache is not None:
             cache.seen += x.shape[1]
         y = self.out_proj(output)
-        if order is not None:
-            assert padding_mask is not None
-            inverse = torch.argsort(order, dim=1)
-            y = torch.where(padding_mask[..., None], _take(y, inverse), 0)
-            info = info and _unpack(info, inverse, padding_mask)
+        if padding_mask is not None:
+            if order is not None:
+                inverse = torch.argsort(order, dim=1)
+                y, info = _take(y, inverse), info and _unpack(info, inverse)
+            y = torch.where(padding_mask[..., None], y, 0)
+            info = info and _only_real(info, padding_mask)
         if not return_info:
             return y
         return y, FusionInfo(*self._complete(info, y))
@@ -126,7 +127,6 @@ class MultiscaleAttention(nn.Module):
         x: Tensor,
         lengths: Tensor | None,
         cache: AttentionCache | None = None,
-        counts: list[int] | None = None,
         *,
         certified: bool,
     ) -> tuple[Tensor, Fused | None]:
@@ -145,7 +145,7 @@ class MultiscaleAttention(nn.Module):
                 x, [self.v_proj, *problem], finest, self.pyramid, lengths
             )
             projected, finest = projected[: len(problem)], projected[len(problem) :]
-            outputs = self._outputs(scales, values, finest, table, lengths, cache, counts)
+            outputs = self._outputs(scales, values, finest, table, lengths, cache)
         if self.fusion is None:
             return outputs[0].transpose(1, 2).flatten(2), None
         heads = self.split(base).transpose(1, 2)
@@ -160,7 +160,6 @@ class MultiscaleAttention(nn.Module):
         table: Tensor,
         lengths: Tensor | None,
         cache: AttentionCache | None,
-        counts: list[int] | None,
     ) -> list[Tensor]:
         """Every scale's attention, ``[B, H, N_s, K]``; fills ``cache`` where there is one.
 
@@ -173,7 +172,9 @@ class MultiscaleAttention(nn.Module):
         coarse = self._attend(range(1, len(scales)), features, values, table, lengths)
         outputs, keys = outputs + coarse[0], keys + coarse[1]
         if cache is not None:
-            assert counts is not None
+            x = scales[0]
+            counts = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64)
+            counts = counts if lengths is None else lengths
             decoding.fill(
                 cache, counts, scales=scales, values=values, gated=gated, keys=keys, outputs=outputs
             )
@@ -320,18 +321,27 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(x, index[..., None], 1)
 
 
-def _unpack(fused: Fused, inverse: Tensor, padding_mask: Tensor) -> Fused:
-    """Bring per-token results back to where the tokens stood; 0 at padding."""
+def _unpack(fused: Fused, inverse: Tensor) -> Fused:
+    """Bring per-token results ``[B, H, N, …]`` back to where the tokens stood."""
 
-    def move(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        trailing = (1,) * (x.dim() - 3)
-        index = inverse[:, None].reshape(*inverse[:, None].shape, *trailing)
+    def move(x: Tensor) -> Tensor:
         x = x.expand(*x.shape[:2], inverse.shape[1], *x.shape[3:])
-        real = padding_mask[:, None].reshape(*padding_mask[:, None].shape, *trailing)
-        return torch.where(real, torch.take_along_dim(x, index, 2), 0)
+        return torch.take_along_dim(x, _per_token(inverse, x), 2)
 
-    weights = move(fused.weights)
+    return _each(fused, move)
+
+
+def _only_real(fused: Fused, padding_mask: Tensor) -> Fused:
+    """Per-token results, 0 at padding."""
+    return _each(fused, lambda x: torch.where(_per_token(padding_mask, x), x, 0))
+
+
+def _per_token(x: Tensor, like: Tensor) -> Tensor:
+    """``[B, N]`` as it broadcasts with ``like`` ``[B, H, N, …]``."""
+    return x.reshape(x.shape[0], 1, x.shape[1], *(1,) * (like.dim() - 3))
+
+
+def _each(fused: Fused, function: Callable[[Tensor], Tensor]) -> Fused:
+    weights, *certificate = (x if x is None else function(x) for x in fused[1:])
     assert weights is not None
-    return Fused(fused.output, weights, move(fused.residual), move(fused.status))
+    return Fused(fused.output, weights, *certificate)

@@ -1,15 +1,15 @@
 """The decoding cache of one layer: what the next tokens need of the past (formulation §7).
 
-Rows of a batch may have different lengths, and so complete blocks at different steps. Everything is
-therefore kept aligned to each row's own end: "the last t tokens" of a row, not slots of the batch.
-Only the keys and values of a full scale grow; they stand at their own position from the left.
+Everything is a ring: token ``p`` of a scale lies in slot ``p mod P``, where ``P`` is what must be
+remembered. A full scale is a ring that is long enough never to come round. So rows of any length
+stand side by side, a step writes one slot in place, and where a row is, is known on the device
+alone: a step neither waits for the host nor moves memory, and can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maha_attn.layers.pyramid import DILATED_TAPS
@@ -17,33 +17,35 @@ from maha_attn.spec import AttentionSpec
 
 
 @dataclass
-class ScaleState:
-    """One scale's share of the cache; a part that the layer's options don't need has width 0.
+class CacheState:
+    """The tensors of a cache, rows first. ``P`` counts the slots of all scales, one after another.
+
+    A step that is repeated after ``lengths`` was put back gives the same result: a ring has one
+    slot more than what a token needs of the past.
 
     Attributes:
-        tokens, base_values: ``[B, t, D]``, the last tokens of ``X_s`` and ``V_s``: the taps of the
-            next coarse token that are known already, and the token that gates the finer scale.
-        context: ``[B, (k-1)·dilation, D]``, the last inputs of the dilated convolution.
-        keys, values: ``[B, H, P, K]``, rotated keys and values: the last ``w`` (windowed), or all
-            with room to grow (full).
-        output: ``[B, H, 1, K]``, ``O_s`` of the last complete block.
+        lengths: ``[B]`` int64, real tokens seen by each row.
+        taps: ``[B, 2, S, k, D]``, the last tokens of ``X_s`` and ``V_s``, of which the next coarse
+            token is made, and which gate the finer scale.
+        context: ``[B, S, c, D]``, the last inputs of the dilated convolution.
+        keys, values: ``[B, H, P, K]``, keys rotated.
+        outputs: ``[B, H, S, K]``, ``O_s`` of the last complete block (coarse queries).
     """
 
-    tokens: Tensor
-    base_values: Tensor
+    lengths: Tensor
+    taps: Tensor
     context: Tensor
     keys: Tensor
     values: Tensor
-    output: Tensor
+    outputs: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by ``function`` of it."""
-        for field in fields(self):
-            setattr(self, field.name, function(getattr(self, field.name)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "CacheState":
+        """The state of ``function`` of every tensor."""
+        return CacheState(*(function(tensor) for tensor in self.tensors()))
 
-    def tensors(self) -> Iterable[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
-        return (getattr(self, field.name) for field in fields(self))
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 class AttentionCache:
@@ -54,44 +56,66 @@ class AttentionCache:
 
     Args:
         spec: The layer's options.
+        capacity: Tokens to hold room for from the start. It doubles when it is exceeded; a CUDA
+            graph needs all its room beforehand.
 
     Attributes:
-        spec: The layer's options.
-        lengths: Real tokens seen by each row, on the host: they decide which blocks complete, and a
-            step must not wait for the device to know.
-        seen: Slots seen, padding included.
-        scales: One `ScaleState` per scale; empty before the first pass.
+        spec, capacity: As above.
+        seen: Slots seen, padding included: no row is longer.
+        state: The tensors; None before the first pass.
     """
 
-    def __init__(self, spec: AttentionSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: AttentionSpec, capacity: int = 0) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity must be at least 0 tokens, got {capacity}")
+        self.spec, self.capacity = spec, capacity
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.lengths: list[int] = []
+        """Forget everything, and give up its memory."""
         self.seen = 0
-        self.scales: list[ScaleState] = []
+        self.state: CacheState | None = None
 
     @property
     def is_empty(self) -> bool:
         """Has no token been seen?"""
-        return not self.scales
+        return self.seen == 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; 0 before the first pass."""
+        return 0 if self.state is None else self.state.lengths.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, unused room of growing buffers included."""
-        return sum(t.nbytes for state in self.scales for t in state.tensors())
+        """Bytes held, unused room of full scales included."""
+        return 0 if self.state is None else sum(t.nbytes for t in self.state.tensors())
+
+    @property
+    def sizes(self) -> list[int]:
+        """Slots of each scale: its window, or all the blocks there is room for."""
+        rooms = [max(self.capacity // stride, 1) for stride in self.spec.strides]
+        spans = self.spec.spans
+        return [room if w is None else min(w, room) for w, room in zip(spans, rooms, strict=True)]
 
     def get_seq_length(self) -> int:
         """Slots seen so far, padding included."""
         return self.seen
 
+    def ready(self) -> CacheState:
+        """The state of a cache that has one."""
+        if self.state is None:
+            raise ValueError("cache is empty: pass it to the layer with a prompt first")
+        return self.state
+
+    def parts(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """``state.keys`` or ``state.values`` cut into the scales' rings ``[B, H, P_s, K]``."""
+        return memory.split(self.sizes, 2)
+
     def select(self, index: Tensor) -> None:
         """Keep the rows ``index`` ``[B']``, in that order; rows may repeat."""
-        for state in self.scales:
-            state.map(lambda t: t.index_select(0, index.to(t.device)))
-        self.lengths = [self.lengths[row] for row in index.tolist()] if self.scales else []
+        if self.state is not None:
+            self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
 
     def reorder(self, index: Tensor) -> None:
         """Beam search: row ``b`` continues what row ``index[b]`` was."""
@@ -99,57 +123,55 @@ class AttentionCache:
 
     def repeat(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times in a row."""
-        self.select(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def check(self, spec: AttentionSpec, x: Tensor) -> None:
         """Raise `ValueError` where a layer of ``spec`` can't continue this cache by ``x``."""
         if spec != self.spec:
             raise ValueError(f"cache belongs to another layer: made for {self.spec}, got {spec}")
-        if not self.is_empty and x.shape[0] != len(self.lengths):
+        if self.state is not None and x.shape[0] != self.batch_size:
             raise ValueError(
-                f"x must have {len(self.lengths)} rows as the cache has, got {x.shape[0]}; "
+                f"x must have {self.batch_size} rows as the cache has, got {x.shape[0]}; "
                 "use cache.repeat or cache.select to change them"
             )
 
-    def initialise(self, like: Tensor) -> None:
-        """Empty states for the rows of ``like`` ``[B, N, D]``."""
+    def reserve(self, like: Tensor, new: int) -> CacheState:
+        """Make room for ``new`` more tokens of rows like those of ``like`` ``[B, …]``."""
+        needed, old_sizes = self.seen + new, self.sizes
+        grows = needed > self.capacity
+        if grows:
+            self.capacity = max(needed, 2 * self.capacity)
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            if self.state is None:
+                self.state = self._allocate(like)
+            elif grows and self.sizes != old_sizes:
+                self._move(self.state, old_sizes)
+        return self.state
+
+    def _allocate(self, like: Tensor) -> CacheState:
         spec, batch = self.spec, like.shape[0]
-        self.lengths = [0] * batch
-        for s, span in enumerate(spec.spans):
-            taps = spec.taps - 1 if s + 1 < spec.num_scales else 0
-            known = max(taps, int(spec.gating and s > 0))
-            heads = (batch, spec.num_heads)
-            self.scales.append(
-                ScaleState(
-                    tokens=like.new_zeros(batch, known, spec.hidden_size),
-                    base_values=like.new_zeros(batch, taps, spec.hidden_size),
-                    context=like.new_zeros(
-                        batch, (DILATED_TAPS - 1) * spec.dilation, spec.hidden_size
-                    ),
-                    keys=like.new_zeros(*heads, span or 0, spec.head_dim),
-                    values=like.new_zeros(*heads, span or 0, spec.head_dim),
-                    output=like.new_zeros(*heads, 1, spec.head_dim),
-                )
-            )
+        reach = (DILATED_TAPS - 1) * spec.dilation
+        heads, width = (batch, spec.num_heads), spec.head_dim
+        return CacheState(
+            lengths=torch.zeros(batch, dtype=torch.int64, device=like.device),
+            taps=like.new_zeros(batch, 2, spec.num_scales, spec.taps, spec.hidden_size),
+            context=like.new_zeros(
+                batch, spec.num_scales, reach + 1 if reach else 0, spec.hidden_size
+            ),
+            keys=like.new_zeros(*heads, sum(self.sizes), width),
+            values=like.new_zeros(*heads, sum(self.sizes), width),
+            outputs=like.new_zeros(*heads, spec.num_scales, width),
+        )
 
-
-def last_tokens(past: Tensor, new: Tensor, counts: Tensor) -> Tensor:
-    """The last ``t`` tokens of each row once ``counts`` new ones have joined the ``t`` past ones.
-
-    Args:
-        past: ``[B, ..., t, C]``.
-        new: ``[B, ..., n, C]``.
-        counts: ``[B]``, how many of the ``n`` are the row's.
-
-    Returns:
-        ``[B, ..., t, C]``.
-    """
-    keep = past.shape[-2]
-    if keep == 0 or new.shape[-2] == 0:
-        return past
-    return take_rows(
-        torch.cat((past, new), -2), counts[:, None] + torch.arange(keep, device=past.device)
-    )
+    def _move(self, state: CacheState, old_sizes: list[int]) -> None:
+        """Give every scale its new size. A ring that grows has not come round yet."""
+        for name in ("keys", "values"):
+            old = getattr(state, name)
+            new = old.new_zeros(*old.shape[:2], sum(self.sizes), old.shape[3])
+            for target, source in zip(self.parts(new), old.split(old_sizes, 2), strict=True):
+                target[:, :, : source.shape[2]] = source
+            setattr(state, name, new)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -158,14 +180,43 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(x, index, -2)
 
 
-def write(buffer: Tensor, new: Tensor, starts: Tensor, needed: int) -> Tensor:
-    """Write ``new`` ``[B, H, n, K]`` at each row's ``starts`` ``[B]``, growing to hold ``needed``.
+def ring_positions(ring: Tensor, end: Tensor) -> Tensor:
+    """The token in each slot of ``ring`` ``[B, ..., P, C]`` after ``end`` ``[B]`` tokens, ``[B, P]``.
 
-    Room doubles, so that a token's cost does not depend on how many came before. Entries of ``new``
-    beyond a row's own count land beyond its length: they are overwritten before they are seen.
+    Negative where there is none.
     """
-    room = buffer.shape[2]
-    if needed > room:
-        buffer = F.pad(buffer, (0, 0, 0, max(needed, 2 * room) - room))
-    index = starts[:, None] + torch.arange(new.shape[2], device=new.device)
-    return buffer.scatter(2, index[:, None, :, None].expand_as(new), new)
+    last = end[:, None] - 1
+    size = ring.shape[-2]
+    return last - (last - torch.arange(size, device=ring.device)) % size
+
+
+def find_tokens(position: Tensor, start: Tensor, ring: Tensor) -> Tensor:
+    """Where tokens lie in ``ring`` followed by the new tokens from ``start`` on.
+
+    Args:
+        position: ``[B, m]``. One before the first token finds a slot that is still zero.
+        start: ``[B]``.
+        ring: ``[B, ..., P, C]``.
+    """
+    size, start = ring.shape[-2], start[:, None]
+    return torch.where(position < start, position % size, size + position - start)
+
+
+def write_ring(ring: Tensor, new: Tensor, start: Tensor, count: Tensor) -> None:
+    """Write the first ``count`` ``[B]`` of the tokens ``new``, which follow ``start`` ``[B]`` others.
+
+    Args:
+        ring: ``[B, ..., P, C]``, changed in place.
+        new: ``[B, ..., n, C]``.
+        start, count: See above.
+    """
+    kept = min(ring.shape[-2], new.shape[-2])
+    if kept == 0:
+        return
+    index = count[:, None] - kept + torch.arange(kept, device=ring.device)
+    slots = (start[:, None] + index) % ring.shape[-2]
+    # A row of fewer new tokens writes back what lies in the slots that it has nothing for.
+    real = (index >= 0).reshape(-1, *(1,) * (ring.dim() - 3), kept, 1)
+    tokens = torch.where(real, take_rows(new, index.clamp(min=0)), take_rows(ring, slots))
+    slots = slots.reshape(real.shape).expand_as(tokens)
+    ring.scatter_(-2, slots, tokens.to(ring.dtype))

@@ -71,7 +71,7 @@ class MahaCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows, or -1 before the first forward pass."""
-        return len(self.layers[0].lengths) or -1
+        return self.layers[0].batch_size or -1
 
     @property
     def is_initialized(self) -> bool:

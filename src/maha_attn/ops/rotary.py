@@ -21,10 +21,18 @@ def rotary_table(
         ``[..., 2, K]``: ``cos`` and ``(-sin, sin)``, each half repeated, so that a
         rotation is two multiplications and a swap of halves.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
-    angles = positions.to(dtype)[..., None] * theta ** (-exponents / head_dim)
+    frequencies = rotary_frequencies(head_dim, theta, dtype, positions.device)
+    angles = positions.to(dtype)[..., None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, head_dim))
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``θ^(-2i/K)``, ``[K/2]``."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype)
+    return theta ** (-exponents / head_dim)
 
 
 def rotate(x: Tensor, table: Tensor, backend: str = "auto") -> Tensor:
