@@ -181,9 +181,10 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def ring_positions(ring: Tensor, end: Tensor) -> Tensor:
-    """The token in each slot of ``ring`` ``[B, ..., P, C]`` after ``end`` ``[B]`` tokens, ``[B, P]``.
+    """The token in each slot of ``ring`` ``[B, ..., P, C]`` after ``end`` ``[B]`` tokens.
 
-    Negative where there is none.
+    Returns:
+        ``[B, P]``, negative where there is none.
     """
     last = end[:, None] - 1
     size = ring.shape[-2]
@@ -203,12 +204,12 @@ def find_tokens(position: Tensor, start: Tensor, ring: Tensor) -> Tensor:
 
 
 def write_ring(ring: Tensor, new: Tensor, start: Tensor, count: Tensor) -> None:
-    """Write the first ``count`` ``[B]`` of the tokens ``new``, which follow ``start`` ``[B]`` others.
+    """Write the first ``count`` of the tokens ``new``, which follow ``start`` others.
 
     Args:
         ring: ``[B, ..., P, C]``, changed in place.
         new: ``[B, ..., n, C]``.
-        start, count: See above.
+        start, count: ``[B]``.
     """
     kept = min(ring.shape[-2], new.shape[-2])
     if kept == 0:

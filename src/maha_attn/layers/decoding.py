@@ -198,7 +198,7 @@ def _linears(layer: "MultiscaleAttention") -> list[nn.Module]:
 
 
 def _has_kernels(layer: "MultiscaleAttention", x: Tensor) -> bool:
-    """Whether kernels serve one new token: plain projections, a pyramid of convolutions or means."""
+    """Whether kernels serve one new token: plain projections, a pyramid of ``conv`` or ``mean``."""
     spec = layer.spec
     if spec.gating or spec.dilation or spec.downsample not in ("conv", "mean"):
         return False

@@ -162,11 +162,10 @@ def project_kernel(
     needed = live & (end % stride == 0)
     source = s
     position = (blocks - 1).to(tl.float32)
-    if FINE:
-        if is_key == 0:
-            needed = live & (blocks > 0)
-            source = s * 0
-            position = end.to(tl.float32) / stride - 1.0
+    if FINE and is_key == 0:
+        needed = live & (blocks > 0)
+        source = s * 0
+        position = end.to(tl.float32) / stride - 1.0
     if tl.max(needed.to(tl.int32), 0) > 0:
         half = tl.arange(0, PADDED)
         weight = pick(weights, matrix) + tl.cast(head, tl.int64) * 2 * HALF * depth
