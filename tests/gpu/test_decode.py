@@ -49,12 +49,17 @@ def left_padded(rows, length):
     return torch.arange(length, device="cuda") >= torch.arange(rows, device="cuda")[:, None]
 
 
-def steps(layer, x, mask, begin, cache=None):
-    """A prompt of ``begin`` tokens, then one after the other; the outputs of the steps."""
-    cache = cache or AttentionCache(layer.spec, x.shape[1])
-    layer(x[:, :begin], mask[:, :begin], cache=cache)
-    parts = [layer(x[:, t : t + 1], cache=cache) for t in range(begin, x.shape[1])]
-    return torch.cat(parts, 1), cache
+def filled(layer, x, mask, capacity=0):
+    """A cache that has seen ``x``."""
+    cache = AttentionCache(layer.spec, capacity)
+    layer(x, mask, cache=cache)
+    return cache
+
+
+def steps(layer, x, mask, begin):
+    """The outputs of one step after the other, behind a prompt of ``begin`` tokens."""
+    cache = filled(layer, x[:, :begin], mask[:, :begin])
+    return torch.cat([layer(token, cache=cache) for token in x[:, begin:].split(1, 1)], 1)
 
 
 @torch.no_grad()
@@ -64,7 +69,7 @@ def test_steps_equal_the_full_pass(begin, options):
     layer = make(**options)
     x, mask = torch.randn(5, begin + 40, 256, device="cuda"), left_padded(5, begin + 40)
     exact = twin(layer, torch.float64, backend="torch")(x.double(), mask)[:, begin:]
-    y, _ = steps(layer, x, mask, begin)
+    y = steps(layer, x, mask, begin)
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-5)
 
 
@@ -76,7 +81,7 @@ def test_low_precision_errs_no_more_than_the_full_pass(options, dtype):
     x, mask = torch.randn(5, 400, 256, device="cuda", dtype=dtype), left_padded(5, 400)
     exact = twin(layer, torch.float64, backend="torch")(x.double(), mask)[:, 300:]
     plain = twin(layer, backend="torch")(x, mask)[:, 300:]
-    y, _ = steps(layer, x, mask, 300)
+    y = steps(layer, x, mask, 300)
     mine, other = ((t.double() - exact).abs() for t in (y, plain))
     assert mine.max() <= 2 * other.max(), (mine.max(), other.max())
     assert mine.norm() <= 2 * other.norm(), (mine.norm(), other.norm())
@@ -88,7 +93,7 @@ def test_low_precision_errs_no_more_than_the_full_pass(options, dtype):
 def test_head_widths_and_rows(rows, width):
     layer = make(hidden_size=4 * width)
     x, mask = torch.randn(rows, 60, 4 * width, device="cuda"), left_padded(rows, 60)
-    y, _ = steps(layer, x, mask, 50)
+    y = steps(layer, x, mask, 50)
     exact = twin(layer, torch.float64, backend="torch")(x.double(), mask)[:, 50:]
     real = mask[:, 50:]
     torch.testing.assert_close(y.double()[real], exact[real], rtol=0, atol=2e-5)
@@ -99,7 +104,7 @@ def test_head_widths_and_rows(rows, width):
 def test_past_65536_tokens(queries):
     layer = make(hidden_size=128, num_heads=2, queries=queries)
     x, mask = torch.randn(2, 65537, 128, device="cuda"), left_padded(2, 65537)
-    y, _ = steps(layer, x, mask, 65528)
+    y = steps(layer, x, mask, 65528)
     torch.testing.assert_close(y, layer(x, mask)[:, 65528:], rtol=0, atol=2e-5)
 
 
@@ -109,8 +114,8 @@ def test_a_graph_equals_eager_steps(options):
     layer = make(torch.bfloat16, **options)
     x = torch.randn(5, 330, 256, device="cuda", dtype=torch.bfloat16)
     mask = left_padded(5, 330)
-    eager, _ = steps(layer, x, mask, 300)
-    _, cache = steps(layer, x[:, :300], mask, 300, AttentionCache(layer.spec, 330))
+    eager = steps(layer, x, mask, 300)
+    cache = filled(layer, x[:, :300], mask[:, :300], 330)
     before = copy.deepcopy(cache)
     step = GraphedStep(lambda x: layer(x, cache=cache), x[:, :1], [cache])
     assert cache.seen == before.seen == 300
@@ -128,15 +133,11 @@ def test_a_graph_equals_eager_steps(options):
 def test_rows_without_a_token_stay_as_they_are():
     layer = make()
     x = torch.randn(4, 30, 256, device="cuda")
-    mask = torch.rand(4, 30, device="cuda") < torch.tensor(
-        [[1.0], [0.7], [0.3], [0]], device="cuda"
-    )
+    share = torch.tensor([[1.0], [0.7], [0.3], [0.0]], device="cuda")
+    mask = torch.rand(4, 30, device="cuda") < share
     cache = AttentionCache(layer.spec)
-    y = torch.cat(
-        [layer(x[:, :2], mask[:, :2], cache=cache)]
-        + [layer(x[:, t : t + 1], mask[:, t : t + 1], cache=cache) for t in range(2, 30)],
-        1,
-    )
+    chunks = zip(x.split(1, 1), mask.split(1, 1), strict=True)
+    y = torch.cat([layer(token, real, cache=cache) for token, real in chunks], 1)
     torch.testing.assert_close(y, layer(x, mask), rtol=0, atol=2e-5)
 
 
@@ -144,7 +145,8 @@ def test_rows_without_a_token_stay_as_they_are():
 def test_repeats_are_bitwise_equal():
     layer = make(torch.bfloat16)
     x = torch.randn(8, 2000, 256, device="cuda", dtype=torch.bfloat16)
-    _, cache = steps(layer, x[:, :-1], left_padded(8, 1999), 1999)
+    cache = filled(layer, x[:, :-1], left_padded(8, 1999))
+    cache.reserve(x, 1)
     lengths = cache.ready().lengths.clone()
     first = layer(x[:, -1:], cache=cache)
     for _ in range(250):
@@ -157,7 +159,8 @@ def test_repeats_are_bitwise_equal():
 def test_a_step_does_not_wait_for_the_device(options):
     layer = make(**options, fusion="gate")
     x = torch.randn(3, 40, 256, device="cuda")
-    _, cache = steps(layer, x, left_padded(3, 40), 38, AttentionCache(layer.spec, 50))
+    cache = filled(layer, x[:, :38], left_padded(3, 38), 50)
+    layer(x[:, :1], cache=cache)  # Compiles.
     mask = torch.tensor([[True], [False], [True]], device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
