@@ -114,7 +114,7 @@ def extend(
         can be differentiated.
     """
     state, length = cache.reserve(x, x.shape[1]), x.shape[1]
-    if length == 1 and _has_kernels(layer, x):
+    if length == 1 and has_kernels(layer, x):
         return _step(layer, cache, state, x, counts)
     if counts is None:
         counts = torch.full_like(state.lengths, length)
@@ -197,7 +197,7 @@ def _linears(layer: "MultiscaleAttention") -> list[nn.Module]:
     return [layer.v_proj, *layer.q_proj, *layer.k_proj, *of_fusion]
 
 
-def _has_kernels(layer: "MultiscaleAttention", x: Tensor) -> bool:
+def has_kernels(layer: "MultiscaleAttention", x: Tensor) -> bool:
     """Whether kernels serve one new token: plain projections, a pyramid of ``conv`` or ``mean``."""
     spec = layer.spec
     if spec.gating or spec.dilation or spec.downsample not in ("conv", "mean"):
