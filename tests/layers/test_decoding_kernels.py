@@ -1,4 +1,4 @@
-"""A step by kernels equals the full pass on PyTorch operators; without a GPU, in the interpreter."""
+"""A step by kernels equals the full pass on PyTorch; without a GPU, in the interpreter."""
 
 import dataclasses
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maha_attn.layers.cache import (
     AttentionCache,
@@ -22,6 +22,7 @@ from maha_attn.layers.cache import (
     take_rows,
     write_ring,
 )
+from maha_attn.layers.projection import is_plain
 from maha_attn.ops.backend import use_triton
 from maha_attn.ops.fusion import Fused
 from maha_attn.ops.pyramid import combine, dilated_convolution
@@ -189,26 +190,16 @@ def _extend(
     return fused.output.transpose(1, 2).flatten(2), fused
 
 
-def _linears(layer: "MultiscaleAttention") -> list[nn.Module]:
-    """The projections that kernels of a step read the weights of."""
-    fusion = layer.fusion
-    of_fusion = [] if fusion is None else [fusion.gate_proj, fusion.target_proj]
-    of_fusion = [module for module in of_fusion if module is not None]
-    return [layer.v_proj, *layer.q_proj, *layer.k_proj, *of_fusion]
-
-
 def has_kernels(layer: "MultiscaleAttention", x: Tensor) -> bool:
     """Whether kernels serve one new token: plain projections, a pyramid of ``conv`` or ``mean``."""
-    spec = layer.spec
+    spec, fusion = layer.spec, layer.fusion
     if spec.gating or spec.dilation or spec.downsample not in ("conv", "mean"):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return False
-    for module in _linears(layer):
-        # A wrapped or hooked projection does more than its weight says.
-        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if module.weight.dtype != x.dtype:
+    modules = [layer.v_proj, *layer.q_proj, *layer.k_proj]
+    for module in modules if fusion is None else modules + fusion.projections:
+        if not is_plain(module) or module.weight.dtype != x.dtype:
             return False
     return use_triton(spec.backend, x, layer.v_proj.weight, width=spec.head_dim)
 

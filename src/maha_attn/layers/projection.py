@@ -26,7 +26,7 @@ def plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
 
     None also where the layer is being compiled: the compiler fuses sums by itself.
     """
-    weights = [module.weight for module in modules if _is_plain(module)]
+    weights = [m.weight for m in modules if is_plain(m) and m.bias is None]
     compiled = torch.compiler.is_compiling()
     return None if compiled or len(weights) < len(modules) else weights
 
@@ -41,14 +41,10 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Does calling ``module`` do nothing but ``xWᵀ + b``?"""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and not hooks
-        and "forward" not in vars(module)
-    )
+    return type(module) is nn.Linear and not hooks and "forward" not in vars(module)
 
 
 class _Project(torch.autograd.Function):

@@ -20,13 +20,14 @@ class MahaCache(Cache):
 
     Args:
         config: Of the model that will fill the cache.
+        capacity: Tokens to hold room for from the start.
     """
 
     layers: list[AttentionCache]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, config: "MahaConfig") -> None:
+    def __init__(self, config: "MahaConfig", capacity: int = 0) -> None:
         specs = [config.attention_spec(i) for i in range(config.num_hidden_layers)]
-        super().__init__(layers=[AttentionCache(spec) for spec in specs])  # pyright: ignore[reportArgumentType]
+        super().__init__(layers=[AttentionCache(spec, capacity) for spec in specs])  # pyright: ignore[reportArgumentType]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""

@@ -82,9 +82,9 @@ class MahaForCausalLM(MahaLanguageModel, MahaGenerationMixin):
 
     causal = True
 
-    def new_cache(self) -> MahaCache:
+    def new_cache(self, capacity: int) -> MahaCache:
         """An empty cache for this model."""
-        return MahaCache(self.config)
+        return MahaCache(self.config, capacity)
 
 
 class MahaForMaskedLM(MahaLanguageModel):
