@@ -117,7 +117,7 @@ def test_a_graph_equals_eager_steps(options):
     eager = steps(layer, x, mask, 300)
     cache = filled(layer, x[:, :300], mask[:, :300], 330)
     before = copy.deepcopy(cache)
-    step = GraphedStep(lambda x: layer(x, cache=cache), x[:, :1], [cache])
+    step = GraphedStep(lambda x: layer(x, cache=cache), [x[:, :1]], [cache])
     assert cache.seen == before.seen == 300
     assert torch.equal(cache.ready().lengths, before.ready().lengths)
     graphed = torch.cat([step(x[:, t : t + 1]).clone() for t in range(300, 330)], 1)
@@ -188,3 +188,29 @@ def test_offsets_past_two_to_the_31():
     assert torch.equal(y[1:], layer(x[1:], cache=alone))
     ends = cache.ready().keys[1, :, 2**20 + 76 : 2**20 + 79]
     assert torch.equal(ends, alone.ready().keys[0, :, 2**20 + 76 : 2**20 + 79])
+
+
+@torch.no_grad()
+def test_a_model_generates_as_a_graph_what_it_generates_without():
+    models = pytest.importorskip("maha_attn.models")
+    config = models.MahaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=2, window=16, initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = models.MahaForCausalLM(config).eval().cuda()
+    ids = torch.randint(1, 97, (3, 50), device="cuda")
+    expected = model.generate(ids, max_new_tokens=40, eos_token_id=None, do_sample=False)
+    uncached = model.generate(
+        ids, max_new_tokens=40, eos_token_id=None, do_sample=False, use_cache=False
+    )
+    assert torch.equal(expected, uncached)
+    cache = models.MahaCache(config, 90)
+    chosen = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    step = GraphedStep(
+        lambda ids: model(ids, past_key_values=cache).logits.argmax(-1), [chosen], cache.layers
+    )
+    parts = [ids, chosen]
+    for _ in range(39):
+        parts.append(step(parts[-1]).clone())
+    assert torch.equal(torch.cat(parts, 1), expected)

@@ -144,7 +144,7 @@ def test_as_an_operator(make_layer):
 def test_a_graph_needs_a_gpu_and_a_filled_cache(make_layer):
     layer = make_layer()
     x = torch.randn(1, 1, 16)
-    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
-        GraphedStep(lambda x: x, x, [AttentionCache(layer.spec)])
+    with pytest.raises(ValueError, match="inputs must be on a CUDA device, got one on cpu"):
+        GraphedStep(lambda x: x, [x], [AttentionCache(layer.spec)])
     with pytest.raises(ValueError, match="cache is empty"):
         AttentionCache(layer.spec).ready()

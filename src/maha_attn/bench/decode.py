@@ -104,7 +104,7 @@ def _measure(options: argparse.Namespace, context: int) -> list[dict[str, Any]]:
         if device.type == "cuda":
             graphed = rows[f"{name}, graph"] = {"side": f"{name}, graph", "cache_bytes": nbytes}
             try:
-                runs[graphed["side"]] = partial(_repeat, GraphedStep(step, x, caches), x, cycle)
+                runs[graphed["side"]] = partial(_repeat, GraphedStep(step, [x], caches), x, cycle)
             except RuntimeError as error:
                 graphed["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
     timings = alternate(runs, device=device, rounds=options.rounds, warmup=WARMUP)

@@ -21,64 +21,64 @@ class GraphedStep:
     Args:
         step: From tokens to outputs, a function of the caches beside them. It must not look at
             what the device computes.
-        x: Tokens of one step, on a CUDA device; fixes shape and dtype.
+        inputs: Its arguments, for one step, on a CUDA device; they fix shapes and dtypes.
         caches: All that the step continues, filled, with room for the tokens to come.
 
     Raises:
-        ValueError: ``x`` is not on a CUDA device, or a cache has no room for one more token.
+        ValueError: An input is not on a CUDA device, or a cache has no room for one more token.
 
     Example::
 
-        step = GraphedStep(lambda x: layer(x, cache=cache), x, [cache])
+        step = GraphedStep(lambda x: layer(x, cache=cache), [x], [cache])
         for x in tokens:
             y = step(x)
     """
 
     def __init__(
-        self, step: Callable[[Tensor], Tensor], x: Tensor, caches: Sequence[AttentionCache]
+        self,
+        step: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        caches: Sequence[AttentionCache],
     ) -> None:
-        if not x.is_cuda:
-            raise ValueError(f"x must be on a CUDA device, got {x.device}")
-        self.caches = list(caches)
+        for x in inputs:
+            if not x.is_cuda:
+                raise ValueError(f"inputs must be on a CUDA device, got one on {x.device}")
+        self.inputs, self.caches = [x.clone() for x in inputs], list(caches)
         self.states = [cache.ready() for cache in caches]
         self._check_room()
-        self.x, seen = x.clone(), [cache.seen for cache in caches]
-        lengths = [state.lengths.clone() for state in self.states]
         self.graph = torch.cuda.CUDAGraph()
-
-        def put_back() -> None:
-            for cache, state, tokens, slots in zip(
-                self.caches, self.states, lengths, seen, strict=True
-            ):
-                state.lengths.copy_(tokens)
-                cache.seen = slots
-
-        with torch.no_grad():
-            stream = torch.cuda.Stream(x.device)
-            stream.wait_stream(torch.cuda.current_stream(x.device))
+        seen = [cache.seen for cache in caches]
+        lengths = [state.lengths.clone() for state in self.states]
+        with torch.no_grad(), torch.cuda.device_of(self.inputs[0]):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
-                    step(self.x)
-                    put_back()
-            torch.cuda.current_stream(x.device).wait_stream(stream)
+                    step(*self.inputs)
+                    # Back to where it was: the next one, and the first replay, write the same.
+                    for cache, slots, tokens in zip(caches, seen, lengths, strict=True):
+                        cache.seen = slots
+                        cache.ready().lengths.copy_(tokens)
+            torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self.graph):
-                self.y = step(self.x)
-        for cache, slots in zip(self.caches, seen, strict=True):
+                self.output = step(*self.inputs)
+        for cache, slots in zip(caches, seen, strict=True):
             cache.seen = slots
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Continue the caches by the tokens ``x``; the result is overwritten by the next step.
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Continue the caches by one step; the result is overwritten by the next.
 
         Raises:
             ValueError: A cache is full, or holds other tensors than at recording (its rows were
                 selected, it was reset, or it has grown).
         """
         self._check_room()
-        self.x.copy_(x)
+        for fixed, x in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(x)
         self.graph.replay()
         for cache in self.caches:
             cache.seen += 1
-        return self.y
+        return self.output
 
     def _check_room(self) -> None:
         for cache, state in zip(self.caches, self.states, strict=True):
