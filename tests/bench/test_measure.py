@@ -22,6 +22,19 @@ def test_layer(tmp_path, capsys):
     assert "MAHA nash" in capsys.readouterr().out
 
 
+def test_decode(tmp_path):
+    output = tmp_path / "decode.json"
+    options = ["--contexts=64,130", "--rows=3", "--layers=1", "--scales=3", "--window=8"]
+    main(["bench", "decode", *LAYER[1:4], *options, "--rounds=2", f"--output={output}"])
+    document = json.loads(output.read_text())
+    assert document["commit"]
+    assert {row["context"] for row in document["rows"]} == {64, 130}
+    ran = {row["side"]: row for row in document["rows"] if "skipped" not in row}
+    assert ran["MAHA, fine queries"]["step_ms"] > 0
+    assert ran["SDPA flash"]["cache_bytes"] == 2 * 3 * 130 * 32 * 4
+    assert "cuDNN" not in " ".join(ran), "there is none on a CPU"
+
+
 def test_wrong_benchmark_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "nothing"])

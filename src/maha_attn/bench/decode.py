@@ -24,13 +24,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maha_attn.bench.measure import DTYPES, alternate, ceilings, provenance
-from maha_attn.bench.ops import FULL
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.graph import GraphedStep
 from maha_attn.ops.rotary import rotary_table, rotate
 from maha_attn.spec import AttentionSpec
 
+FULL = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 MAHA = {"MAHA": "coarse", "MAHA, fine queries": "fine"}
 WARMUP = 2
 
