@@ -76,8 +76,9 @@ def decode(
     common = {"RATIO": ratio, "SCALES": num_scales}
     wide = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "FINE": fine, "PART": PART}
     rows = min(max(triton.next_power_of_2(batch), 16), 64)
-    product = {"ROWS": rows, "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32"}
-    product["DEPTH"] = 128 if x.dtype.itemsize == 2 else 64
+    wide_loads = x.dtype.itemsize == 2
+    product = {"ROWS": rows, "DEPTH": 128 if wide_loads else 64}
+    product["PRECISION"] = "tf32" if wide_loads else "tf32x3"
     linears = [(v_weight, v_bias, v), (target_weight, target_bias, learned)]
     linears = [(w, b, out) for w, b, out in [*linears, (gate_weight, None, gate)] if w is not None]
     weights_in, biases_in, outs = (tuple(t) for t in zip(*linears, strict=True))
@@ -85,24 +86,25 @@ def decode(
     with torch.cuda.device_of(x):
         linear_kernel[(sum(triton.cdiv(n, 16) for n in columns), triton.cdiv(batch, rows))](
             x, weights_in, biases_in, outs, columns, lengths, active, batch, depth,
-            COLUMNS=16, **product,
+            COLUMNS=16, num_stages=3, num_warps=4, **product,
         )  # fmt: skip
         pyramid_kernel[(triton.cdiv(depth, 128), 2, batch)](
             x, v, taps, values, new, tuple(down) or None, lengths, active,
             offsets, tuple(sizes), depth, heads, slots,
             TAPS=taps.shape[3], WIDTH=width, CHANNELS=128, num_warps=1, **common,
         )  # fmt: skip
-        project_kernel[(2 * num_scales * heads, triton.cdiv(batch, rows))](
+        pairs = min(max(triton.next_power_of_2(width // 2), 16), 32)
+        tiles = 2 * num_scales * heads * triton.cdiv(width // 2, pairs)
+        project_kernel[(tiles, triton.cdiv(batch, rows))](
             new, tuple(qk_weights), tuple(qk_biases) or None,
             _frequencies(width, theta, x.device), queries, keys, lengths, active,
             offsets, tuple(sizes), batch, depth, heads, slots,
-            FINE=fine, HALF=width // 2, PADDED=max(triton.next_power_of_2(width // 2), 16),
-            num_stages=4, **product, **common,
+            FINE=fine, HALF=width // 2, COLUMNS=pairs, num_stages=4, **product, **common,
         )  # fmt: skip
         attention_kernel[(sum(parts) * heads * batch,)](
             queries, keys, values, partial, lse, lengths, active,
             offsets, tuple(sizes), starts, batch, heads, slots, sum(parts),
-            math.log2(math.e) / math.sqrt(width), KEYS=64, **wide, **common,
+            math.log2(math.e) / math.sqrt(width), KEYS=64, STAGES=1, num_warps=4, **wide, **common,
         )  # fmt: skip
         fuse_kernel[(heads, batch)](
             partial, lse, outputs, v, learned, logits, gate if gate_weight is not None else None,
@@ -110,8 +112,8 @@ def decode(
             status if certified else None, lengths, active,
             tuple(sizes), starts, heads, sum(parts), width**-0.5, ridge, sparsity, temperature,
             METHOD=method, CONSTRAINT="box" if method == "nash" else constraint,
-            SOFT=temperature > 0 and method == "convex", TARGET=target, PARTS=32,
-            num_warps=1, **wide, **common,
+            SOFT=temperature > 0 and method == "convex", TARGET=target, PARTS=32, num_warps=1,
+            **wide, **common,
         )  # fmt: skip
     return fused, weights, residual, status
 

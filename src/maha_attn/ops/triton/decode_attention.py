@@ -23,6 +23,7 @@ def attention_kernel(
     offsets, sizes, starts, batch, num_heads, num_slots, num_parts, scale,
     RATIO: tl.constexpr, FINE: tl.constexpr, SCALES: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row and head to one part of one scale's ring.
 
@@ -51,7 +52,7 @@ def attention_kernel(
         top = tl.full([KEYS], -1e30, tl.float32)
         mass = tl.zeros([KEYS], tl.float32)
         acc = tl.zeros([KEYS, PADDED], tl.float32)
-        for at in range(first, tl.minimum(first + PART, filled), KEYS):
+        for at in tl.range(first, tl.minimum(first + PART, filled), KEYS, num_stages=STAGES):
             real = at + slots < filled
             inside = ring + (at + slots).to(tl.int64)[:, None] * WIDTH + columns
             mask = real[:, None] & exists

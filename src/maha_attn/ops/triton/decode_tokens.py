@@ -145,15 +145,17 @@ def project_kernel(
     scales_ptr, weights, biases, frequencies_ptr, queries_ptr, keys_ptr, lengths_ptr, active_ptr,
     offsets, sizes, batch, depth, num_heads, num_slots,
     RATIO: tl.constexpr, FINE: tl.constexpr, SCALES: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's rotated query or key of one scale, for every row that needs it.
+    """Rotated pairs of channels of one head's query or key of one scale, for rows that need it.
 
     ``weights``: queries' and keys' of scale 0, of scale 1, …. Queries go to ``[B, S, H, K]``, keys
     into their ring.
     """
-    head = tl.program_id(0) % num_heads
-    matrix = tl.program_id(0) // num_heads
+    TILES: tl.constexpr = (HALF + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % num_heads
+    matrix = tl.program_id(0) // TILES // num_heads
     s, is_key = matrix // 2, matrix % 2
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     end, live = load_progress(lengths_ptr, active_ptr, rows, rows < batch)
@@ -167,11 +169,11 @@ def project_kernel(
         source = s * 0
         position = end.to(tl.float32) / stride - 1.0
     if tl.max(needed.to(tl.int32), 0) > 0:
-        half = tl.arange(0, PADDED)
+        half = tile * COLUMNS + tl.arange(0, COLUMNS)
         weight = pick(weights, matrix) + tl.cast(head, tl.int64) * 2 * HALF * depth
         x_ptr = scales_ptr + source * depth
-        first = tl.zeros([ROWS, PADDED], tl.float32)
-        second = tl.zeros([ROWS, PADDED], tl.float32)
+        first = tl.zeros([ROWS, COLUMNS], tl.float32)
+        second = tl.zeros([ROWS, COLUMNS], tl.float32)
         for at in range(0, depth, DEPTH):
             inner = at + tl.arange(0, DEPTH)
             x = _load_rows(x_ptr, rows, SCALES * depth, inner, batch, depth)
