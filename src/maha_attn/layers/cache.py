@@ -93,8 +93,11 @@ class AttentionCache:
 
     @property
     def sizes(self) -> list[int]:
-        """Slots of each scale: its window, or all the blocks there is room for."""
-        rooms = [max(self.capacity // stride, 1) for stride in self.spec.strides]
+        """Slots of each scale: its window, or all the blocks there is room for.
+
+        Room comes in multiples of 16, for which kernels are compiled once.
+        """
+        rooms = [-(-max(self.capacity // stride, 1) // 16) * 16 for stride in self.spec.strides]
         spans = self.spec.spans
         return [room if w is None else min(w, room) for w, room in zip(spans, rooms, strict=True)]
 

@@ -17,7 +17,7 @@ from maha_attn.ops.triton.decode_tokens import load_progress, pick, stride_of
 from maha_attn.ops.triton.small_qp import FAR, certify, largest, solve, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offsets", "sizes", "starts", "batch", "num_slots", "num_parts"])
 def attention_kernel(
     queries_ptr, keys_ptr, values_ptr, partial_ptr, lse_ptr, lengths_ptr, active_ptr,
     offsets, sizes, starts, batch, num_heads, num_slots, num_parts, scale,
@@ -100,7 +100,7 @@ def _join(
     return acc / tl.where(mass > 0, mass, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sizes", "starts", "num_parts"])
 def fuse_kernel(
     partial_ptr, lse_ptr, outputs_ptr, v_ptr, target_ptr, logits_ptr, gate_ptr, log_gram_ptr,
     fused_ptr, weights_ptr, residual_ptr, status_ptr, lengths_ptr, active_ptr,

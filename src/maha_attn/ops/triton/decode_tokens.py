@@ -56,7 +56,7 @@ def _load_bias(ptr, columns, width):
     return tl.load(ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def linear_kernel(
     x_ptr, weights, biases, outs, widths, lengths_ptr, active_ptr, batch, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def linear_kernel(
         tile -= num_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offsets", "sizes", "num_slots"])
 def pyramid_kernel(
     x_ptr, v_ptr, taps_ptr, values_ptr, scales_ptr, down, lengths_ptr, active_ptr,
     offsets, sizes, depth, num_heads, num_slots,
@@ -140,7 +140,7 @@ def pyramid_kernel(
             token = total.to(token.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offsets", "sizes", "batch", "num_slots"])
 def project_kernel(
     scales_ptr, weights, biases, frequencies_ptr, queries_ptr, keys_ptr, lengths_ptr, active_ptr,
     offsets, sizes, batch, depth, num_heads, num_slots,
