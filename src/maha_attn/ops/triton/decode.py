@@ -86,7 +86,7 @@ def decode(
     with torch.cuda.device_of(x):
         linear_kernel[(sum(triton.cdiv(n, 16) for n in columns), triton.cdiv(batch, rows))](
             x, weights_in, biases_in, outs, columns, lengths, active, batch, depth,
-            COLUMNS=16, num_stages=3, num_warps=4, **product,
+            COLUMNS=16, **product,
         )  # fmt: skip
         pyramid_kernel[(triton.cdiv(depth, 128), 2, batch)](
             x, v, taps, values, new, tuple(down) or None, lengths, active,
@@ -104,7 +104,7 @@ def decode(
         attention_kernel[(sum(parts) * heads * batch,)](
             queries, keys, values, partial, lse, lengths, active,
             offsets, tuple(sizes), starts, batch, heads, slots, sum(parts),
-            math.log2(math.e) / math.sqrt(width), KEYS=64, STAGES=1, num_warps=4, **wide, **common,
+            math.log2(math.e) / math.sqrt(width), KEYS=64, **wide, **common,
         )  # fmt: skip
         fuse_kernel[(heads, batch)](
             partial, lse, outputs, v, learned, logits, gate if gate_weight is not None else None,

@@ -17,13 +17,12 @@ from maha_attn.ops.triton.decode_tokens import load_progress, pick, stride_of
 from maha_attn.ops.triton.small_qp import FAR, certify, largest, solve, total
 
 
-@triton.jit(do_not_specialize=["offsets", "sizes", "starts", "batch", "num_slots", "num_parts"])
+@triton.jit(do_not_specialize=["batch", "num_slots", "num_parts"])
 def attention_kernel(
     queries_ptr, keys_ptr, values_ptr, partial_ptr, lse_ptr, lengths_ptr, active_ptr,
     offsets, sizes, starts, batch, num_heads, num_slots, num_parts, scale,
     RATIO: tl.constexpr, FINE: tl.constexpr, SCALES: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row and head to one part of one scale's ring.
 
@@ -52,7 +51,7 @@ def attention_kernel(
         top = tl.full([KEYS], -1e30, tl.float32)
         mass = tl.zeros([KEYS], tl.float32)
         acc = tl.zeros([KEYS, PADDED], tl.float32)
-        for at in tl.range(first, tl.minimum(first + PART, filled), KEYS, num_stages=STAGES):
+        for at in range(first, tl.minimum(first + PART, filled), KEYS):
             real = at + slots < filled
             inside = ring + (at + slots).to(tl.int64)[:, None] * WIDTH + columns
             mask = real[:, None] & exists
@@ -100,7 +99,7 @@ def _join(
     return acc / tl.where(mass > 0, mass, 1.0)
 
 
-@triton.jit(do_not_specialize=["sizes", "starts", "num_parts"])
+@triton.jit(do_not_specialize=["num_parts"])
 def fuse_kernel(
     partial_ptr, lse_ptr, outputs_ptr, v_ptr, target_ptr, logits_ptr, gate_ptr, log_gram_ptr,
     fused_ptr, weights_ptr, residual_ptr, status_ptr, lengths_ptr, active_ptr,

@@ -88,7 +88,7 @@ def linear_kernel(
         tile -= num_tiles
 
 
-@triton.jit(do_not_specialize=["offsets", "sizes", "num_slots"])
+@triton.jit(do_not_specialize=["num_slots"])
 def pyramid_kernel(
     x_ptr, v_ptr, taps_ptr, values_ptr, scales_ptr, down, lengths_ptr, active_ptr,
     offsets, sizes, depth, num_heads, num_slots,
@@ -140,7 +140,7 @@ def pyramid_kernel(
             token = total.to(token.dtype)
 
 
-@triton.jit(do_not_specialize=["offsets", "sizes", "batch", "num_slots"])
+@triton.jit(do_not_specialize=["batch", "num_slots"])
 def project_kernel(
     scales_ptr, weights, biases, frequencies_ptr, queries_ptr, keys_ptr, lengths_ptr, active_ptr,
     offsets, sizes, batch, depth, num_heads, num_slots,
