@@ -12,7 +12,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from maha_attn import AttentionSpec, MultiscaleAttention
-from maha_attn.ops.triton import fusion, pyramid, rotary, scale_attention
+from maha_attn.ops.triton import (
+    fusion_backward,
+    fusion_forward,
+    pyramid,
+    rotary,
+    scale_attention,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -122,7 +128,7 @@ def test_trains_under_autocast():
 def compiled_kernels():
     """How many times the kernels have been compiled in this process."""
     device, count = torch.cuda.current_device(), 0
-    for module in (fusion, pyramid, rotary, scale_attention):
+    for module in (fusion_forward, fusion_backward, pyramid, rotary, scale_attention):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 count += len(kernel.device_caches[device][0])

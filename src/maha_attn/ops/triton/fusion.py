@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (A kernel is called with plain numbers.)
 """Fusion in one pass: each scale's output is read at its own resolution, once.
 
 Letters as in `maha_attn.ops.fusion`. The operators, their derivative and what they cost; kernels

@@ -11,7 +11,6 @@ from maha_attn.ops.triton.fusion_tile import (
     addresses,
     combine,
     gram_matrix,
-    load,
     load_scales,
     place,
     problem,
@@ -46,6 +45,7 @@ def forward_kernel(
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
+    """One tile: the problems of its tokens and heads, their weights, and the weighted sums."""
     S: tl.constexpr = len(u_ptrs)
     row, tile, first_head, head, token, real = place(
         num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
