@@ -64,18 +64,19 @@ def steps(layer, x, mask, begin):
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", KINDS, ids=str)
-@pytest.mark.parametrize("begin", [9, 300, 1021])
-def test_steps_equal_the_full_pass(begin, options):
+def test_steps_equal_the_full_pass(options):
     layer = make(**options)
-    x, mask = torch.randn(5, begin + 40, 256, device="cuda"), left_padded(5, begin + 40)
-    exact = twin(layer, torch.float64, backend="torch")(x.double(), mask)[:, begin:]
-    y = steps(layer, x, mask, begin)
-    torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-5)
+    x, mask = torch.randn(5, 1040, 256, device="cuda"), left_padded(5, 1040)
+    exact = twin(layer, torch.float64, backend="torch")(x.double(), mask)
+    for begin in (9, 300, 1021):
+        end = begin + 19
+        y = steps(layer, x[:, :end], mask[:, :end], begin)
+        torch.testing.assert_close(y.double(), exact[:, begin:end], rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("options", KINDS[:2], ids=str)
 def test_low_precision_errs_no_more_than_the_full_pass(options, dtype):
     layer = make(dtype, **options)
     x, mask = torch.randn(5, 400, 256, device="cuda", dtype=dtype), left_padded(5, 400)
@@ -88,8 +89,7 @@ def test_low_precision_errs_no_more_than_the_full_pass(options, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [32, 96, 128, 40])
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 96), (70, 128), (3, 40)])
 def test_head_widths_and_rows(rows, width):
     layer = make(hidden_size=4 * width)
     x, mask = torch.randn(rows, 60, 4 * width, device="cuda"), left_padded(rows, 60)
@@ -109,7 +109,7 @@ def test_past_65536_tokens(queries):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("options", KINDS[:2], ids=str)
 def test_a_graph_equals_eager_steps(options):
     layer = make(torch.bfloat16, **options)
     x = torch.randn(5, 330, 256, device="cuda", dtype=torch.bfloat16)
