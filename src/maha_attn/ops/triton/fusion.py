@@ -1,11 +1,12 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
-# (A kernel is called with plain numbers.)
 """Fusion in one pass: each scale's output is read at its own resolution, once.
 
 Letters as in `maha_attn.ops.fusion`. The operators, their derivative and what they cost; kernels
 are in `fusion_forward` and `fusion_backward`. Each output element has one writer and one order of
 summation.
 """
+
+# A kernel is called with plain numbers.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
 from collections.abc import Sequence
@@ -30,15 +31,21 @@ class _Tile(NamedTuple):
     registers: int | None
 
 
-def _tile(kernel: str, num_heads: int, width: int, scales: int, dtype: torch.dtype) -> _Tile:
+def _tile(
+    kernel: str, method: str, num_heads: int, width: int, scales: int, dtype: torch.dtype
+) -> _Tile:
     """Four heads, whose channels lie over eight lanes each: whole lines of memory.
 
-    Bounding the forward kernel's registers lets more programs hide each other's waiting.
+    Eight heads exchange fewer sums, but half lines cost more than that: the mean's backward pass
+    took twice as long. Bounding the registers trades spills for more programs at once.
     """
     heads = math.gcd(num_heads, 4)
     lanes = 32 // heads
-    piece = lanes * max(min(16 // dtype.itemsize, triton.next_power_of_2(width) // lanes), 1)
-    return _Tile(heads, lanes, piece, 168 if kernel == "forward" and scales <= 4 else None)
+    piece = max(min(lanes * 16 // dtype.itemsize, triton.next_power_of_2(width)), lanes)
+    registers = None
+    if kernel == "forward" and scales <= 4:
+        registers = 168 if method == "convex" else 128
+    return _Tile(heads, lanes, piece, registers)
 
 
 def fuse(
@@ -109,7 +116,7 @@ def _fuse(
     """Output, weights, residual and status; the last two empty unless ``certified``."""
     o, weights, residual, status = _empty_fused(outputs, certified)
     batch, heads, length, width = o.shape
-    tile = _tile("forward", heads, width, len(outputs), o.dtype)
+    tile = _tile("forward", method, heads, width, len(outputs), o.dtype)
     num_tiles = triton.cdiv(length + causal, tile.tokens)
     with torch.cuda.device_of(o):
         forward_kernel[(batch * num_tiles * (heads // tile.heads),)](
@@ -131,7 +138,7 @@ def _fuse_backward(
     """Gradients of the outputs, then those that ``needs`` names of target, logits, gram_scale."""
     do = _unit_last(do)
     (batch, heads, length, width), shift = do.shape, int(causal)
-    tile = _tile("backward", heads, width, len(outputs), outputs[0].dtype)
+    tile = _tile("backward", method, heads, width, len(outputs), outputs[0].dtype)
     num_tiles = triton.cdiv(length + shift, tile.tokens)
     du = [_empty_like(u) for u in outputs]
     dy, dlogits, dgamma = _small_gradients(do, target, weights, gram_scale, needs)

@@ -45,7 +45,11 @@ def forward_kernel(
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One tile: the problems of its tokens and heads, their weights, and the weighted sums."""
+    """Gram matrix, problem, weights, output: the outputs of the scales are read twice.
+
+    The second reading comes from the caches: holding a tile across the solver would cost the
+    registers that hide its latency.
+    """
     S: tl.constexpr = len(u_ptrs)
     row, tile, first_head, head, token, real = place(
         num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
