@@ -202,6 +202,8 @@ def test_labels_are_read_shifted(tiny):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(output.loss, expected)
     assert torch.equal(model(ids, labels=labels, logits_to_keep=5).logits, logits)
+    sliced = torch.cat((labels, labels), 1)[:, :5]
+    assert torch.equal(model(ids, labels=sliced).loss, output.loss)
 
 
 def test_loss_is_divided_by_num_items_in_batch(tiny):

@@ -109,4 +109,6 @@ def predict(
     logits = model.lm_head(hidden_states[:, keep])
     if labels is None:
         return None, logits
-    return model.loss_function(logits, labels, model.config.vocab_size, **kwargs), logits
+    # The library flattens labels by view, which a slice does not allow.
+    loss = model.loss_function(logits, labels.contiguous(), model.config.vocab_size, **kwargs)
+    return loss, logits
