@@ -1,5 +1,6 @@
 """The command line: a small run from recipe to text, and one clear line for every mistake."""
 
+import gzip
 import json
 import pickle
 import shutil
@@ -14,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from maha_attn.cli import main
-from maha_attn.data.text import read_text
+from maha_attn.data.files import find_files
 
 RECIPE = """
 model: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
         num_attention_heads: 2, num_scales: 3, window: 8}
-data: {files: [book.txt], sequence_length: 64}
+data: {train: [book.txt], sequence_length: 64}
 train: {max_steps: 4, per_device_train_batch_size: 2, learning_rate: 1.0e-3, logging_steps: 1,
         save_steps: 2, use_cpu: true, report_to: none, disable_tqdm: true}
 generation: {prompt: Alice, max_new_tokens: 8}
@@ -32,7 +33,8 @@ Maha = Callable[..., str]
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, its text, and the run that came of it."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "book.txt").write_text(read_text("embedded:alice_in_wonderland")[:20_000])
+    (novel,) = find_files("embedded:alice_in_wonderland")
+    (folder / "book.txt").write_text(gzip.decompress(novel.read_bytes()).decode()[:20_000])
     (folder / "small.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -186,21 +188,21 @@ def test_overwrite_replaces_a_run_and_nothing_else(maha: Maha, mistake: Maha) ->
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("model: {hiden_size: 8}\ndata: {files: [book.txt]}", "did you mean model.hidden_size?"),
-        ("data: {files: [book.txt], held_outt: 1}", "did you mean data.held_out?"),
-        ("data: {files: [book.txt]}\ntrain: {max_step: 1}", "did you mean train.max_steps?"),
-        ("modle: {}\ndata: {files: [book.txt]}", "evaluation, generation; got modle"),
-        ("model: {hidden_size: 32}", "data.files"),
-        ("data: {files: [book.txt]}\nmodel: {window: 0}", "window must be at least 1, got 0"),
-        ("data: {files: [book.txt], sequence_length: x}", "data.sequence_length"),
-        ("data: {files: [nowhere.txt]}", "'nowhere.txt' does not exist"),
-        ("data: {files: [empty.txt]}", "'empty.txt' is empty"),
-        ("data: {files: [latin.txt]}", "'latin.txt' is not UTF-8: byte 0 is 0xe9"),
-        ("data: {files: [book.txt], tokenizer: nowhere}", "'nowhere' has no tokenizer.json"),
-        ("data: {files: [book.txt]}\nmodel: {vocab_size: 100}", "vocab_size must be at least 258"),
+        ("model: {hiden_size: 8}\ndata: {train: [book.txt]}", "did you mean model.hidden_size?"),
+        ("data: {train: [book.txt], held_outt: 1}", "did you mean data.held_out?"),
+        ("data: {train: [book.txt]}\ntrain: {max_step: 1}", "did you mean train.max_steps?"),
+        ("modle: {}\ndata: {train: [book.txt]}", "seeds, variants; got modle"),
+        ("model: {hidden_size: 32}", "data.train"),
+        ("data: {train: [book.txt]}\nmodel: {window: 0}", "window must be at least 1, got 0"),
+        ("data: {train: [book.txt], sequence_length: x}", "data.sequence_length"),
+        ("data: {train: [nowhere.txt]}", "'nowhere.txt' does not exist"),
+        ("data: {train: [empty.txt]}", "'empty.txt' is empty"),
+        ("data: {train: [latin.txt]}", "'latin.txt' is not UTF-8: byte 1 of line 1 is 0xe9"),
+        ("data: {train: [book.txt], tokenizer: nowhere}", "'nowhere' has no tokenizer.json"),
+        ("data: {train: [book.txt]}\nmodel: {vocab_size: 100}", "vocab_size must be at least 258"),
         ("data: [", "bad.yaml"),
         ("", "bad.yaml: expected YAML with the sections model, data"),
-        ("data: {files: [book.txt]}\nevaluation: {stride: 512}", "evaluation.stride must be"),
+        ("data: {train: [book.txt]}\nevaluation: {stride: 512}", "evaluation.stride must be"),
     ],
 )
 def test_bad_recipe(mistake: Maha, workplace: Path, recipe: str, message: str) -> None:
@@ -245,7 +247,7 @@ def test_help_teaches(maha: Maha, capsys: pytest.CaptureFixture[str], command: s
 
 
 def test_demo_recipe_is_found_from_anywhere(maha: Maha, mistake: Maha, workplace: Path) -> None:
-    line = mistake("train", "recipes/demo.yaml", "--data.files=[nowhere.txt]")
+    line = mistake("train", "recipes/demo.yaml", "--data.train=[nowhere.txt]")
     assert "'nowhere.txt' does not exist" in line
 
 

@@ -6,7 +6,7 @@ got wrong is told in one line, before any work is begun.
 
 import argparse
 import importlib
-import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,42 +14,51 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from maha_attn.data.corpus import Rows
-    from maha_attn.training.recipe import EvaluationSettings, GenerationSettings
     from maha_attn.training.run_folder import RunFolder
 
 TRAIN_HELP = """\
-Train a causal language model on text files, then evaluate it.
+Train a model by a recipe, then evaluate it.
 
-RECIPE is a YAML file with the complete settings of a run in five sections: model, data, train,
-evaluation and generation. Each setting can be overridden by its name. The train section takes
-every option of transformers' TrainingArguments; those that matter most are listed below.
+RECIPE is a YAML file with the complete settings of a run: the task, and the sections model, data,
+train, lora, evaluation and generation. Each setting can be overridden by its name. The train
+section takes every option of transformers' TrainingArguments; those that matter most are listed
+below. The sections data and evaluation depend on the task: below are those of language_modeling;
+`maha train --help TASK` shows those of masked_language_modeling, sequence_classification,
+question_answering or translation.
 
-  --overwrite     replace the run folder if there is one
-  --resume        continue from the run folder's last checkpoint
+  --variant NAME       change the recipe as its variant NAME says (smoke, full, …); repeatable
+  --seeds 1,2,3        repeat the run with each seed; summary.json has means and spreads
+  --pretrained FOLDER  start from the weights and the tokenizer of a run
+  --overwrite          replace the run folder if there is one
+  --resume             continue from the run folder's last checkpoint
 
 examples:
   maha train recipes/demo.yaml
   maha train recipes/demo.yaml --train.max_steps=20 --train.output_dir=runs/short
-  maha train recipes/demo.yaml --data.files='[my-book.txt]' --train.output_dir=runs/my-book
+  maha train recipes/demo.yaml --data.train='[my-book.txt]' --train.output_dir=runs/my-book
+  maha train recipes/sst2.yaml --data.train=my.csv --data.validation=my-validation.csv
+  maha train recipes/mlm.yaml
+  maha train recipes/sst2.yaml --pretrained runs/mlm --seeds 1,2,3
   maha train recipes/demo.yaml --print_config     show all settings and stop
 """
 EVAL_HELP = """\
-Score a trained model on its held-out text, beside unigram and bigram models of its training text.
-Writes evaluation.json and scales.png into the run folder.
+Score a trained model on what its recipe holds out: a language model by its perplexity, beside
+unigram and bigram models of its training text, other models by the measures of their task. Writes
+evaluation.json (and for language models scales.png) into the run folder.
 
 examples:
   maha eval runs/demo
   maha eval runs/demo --stride 256     score each token with at least half a window before it
+  maha eval runs/squad --no_answer_threshold 1.5
 """
 GENERATE_HELP = """\
-Continue a text. What is not given is taken from the generation section of the run's recipe.
+Continue a text, or translate one. What is not given is taken from the generation section of the
+run's recipe.
 
 examples:
   maha generate runs/demo "It was a fine morning"
   maha generate runs/demo "It was" --max_new_tokens 300 --temperature 0.6 --seed 1
+  maha generate runs/translation "A dog runs through the snow."
 """
 
 
@@ -70,6 +79,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that ``arguments`` (by default those of the process) ask for."""
+    os.environ.setdefault("TQDM_DELAY", "2")  # Bars of what is done sooner only flicker.
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         run, _ = COMMANDS[arguments[0]]
@@ -93,77 +103,78 @@ def train(arguments: list[str]) -> None:
     """``maha train``."""
     prog = "maha train"
     with user_errors(prog):
-        from maha_attn.data.corpus import make_rows, make_tokenizer, read_texts
-        from maha_attn.training.recipe import load_recipe, print_help, recipe_parser
-        from maha_attn.training.run_folder import create_run, resume_run
-        from maha_attn.training.train import train_model
+        from maha_attn.tasks import TASKS
+        from maha_attn.tasks import runs as work
+        from maha_attn.training.recipe import print_help, recipe_parser
 
-        usage = "maha train RECIPE [--overwrite | --resume] [--SECTION.SETTING VALUE ...]"
-        parser = recipe_parser(prog=prog, usage=usage, description=TRAIN_HELP)
         path, *rest = arguments or ["--help"]
         if path in ("-h", "--help"):
-            print_help(parser)
+            task = TASKS[rest[0]] if rest and rest[0] in TASKS else TASKS["language_modeling"]
+            usage = "maha train RECIPE [FLAG ...] [--SECTION.SETTING VALUE ...]"
+            print_help(
+                recipe_parser(task.sections(), prog=prog, usage=usage, description=TRAIN_HELP)
+            )
             sys.exit()
         if path.startswith("-"):
-            raise ValueError(f"expected the recipe first, got {path}; usage: {usage}")
-        flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        how = flags.add_mutually_exclusive_group()
-        how.add_argument("--overwrite", action="store_true")
-        how.add_argument("--resume", action="store_true")
-        chosen, overrides = flags.parse_known_args(rest)
-        recipe = load_recipe(parser, path, overrides)
-        texts = read_texts(recipe.data)
-        tokenizer = make_tokenizer(recipe.data, texts, recipe.model.vocab_size)
-        folder = recipe.train.output_dir or ""
-        if chosen.resume:
-            run = resume_run(folder, recipe.settings)
-        else:
-            run = create_run(folder, recipe.settings, chosen.overwrite)
+            raise ValueError(f"expected the recipe first, got {path}; see maha train --help")
+        flags, overrides = train_flags(rest)
+        todo = work.plan(path, overrides, work.Flags(**vars(flags)))
+        folders = work.open_folders(todo)
     quiet_libraries()
-    rows = make_rows(texts, tokenizer, recipe.data.sequence_length)
-    print(
-        f"Training on {sum(map(len, texts.train)):,} characters of {len(texts.train)} document(s), "
-        f"{sum(map(len, texts.held_out)):,} held out; run folder {run.path}",
-        flush=True,
-    )
-    model = train_model(recipe.model, recipe.train, rows, run, resume=chosen.resume)
-    report(run, model, rows, recipe.evaluation, recipe.generation)
+    print(f"{todo.task.describe()}; run folder {todo.folder}", flush=True)
+    results = []
+    for recipe, (run, resume) in zip(todo.recipes, folders, strict=True):
+        results.append(work.carry_out(recipe, todo, run, resume))
+        show(run, results[-1])
+    if len(results) > 1:
+        from maha_attn.report.table import metrics_table
+
+        summary = work.summarise(todo, results)
+        seeds = ", ".join(str(seed) for seed in summary["seeds"])
+        print(f"\nMean and standard deviation over seeds {seeds}")
+        print(f"\n{metrics_table(summary['metrics'])}\n\nResults: {todo.folder / 'summary.json'}")
+
+
+def train_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What `maha train` takes beside the settings of a recipe, and those settings."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    how = flags.add_mutually_exclusive_group()
+    how.add_argument("--overwrite", action="store_true")
+    how.add_argument("--resume", action="store_true")
+    flags.add_argument("--variant", action="append", dest="variants")
+    flags.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    flags.add_argument("--pretrained")
+    return flags.parse_known_args(arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
     """``maha eval``."""
     prog = "maha eval"
     with user_errors(prog):
-        from maha_attn.data.corpus import DataSettings, make_rows, read_texts
-        from maha_attn.training.recipe import EvaluationSettings, GenerationSettings
+        from dataclasses import asdict
 
-        run, settings = parse_run(prog, EVAL_HELP, arguments, "evaluation", EvaluationSettings)
-        data = DataSettings(**run.settings()["data"])
-        settings.check(data.sequence_length)
-        texts = read_texts(data)
-        model, tokenizer = load_model(run)
+        from maha_attn.tasks import runs as work
+
+        run, settings = parse_run(prog, EVAL_HELP, arguments, "evaluation")
+        recipe = work.stored_recipe(run, asdict(settings))
+        kind, model, _ = work.load_model(run)
+        task = kind(recipe)
     quiet_libraries()
-    rows = make_rows(texts, tokenizer, data.sequence_length)
-    report(run, model, rows, settings, GenerationSettings(**run.settings()["generation"]))
+    show(run, work.judge(task, model, recipe, run))
 
 
 def generate(arguments: list[str]) -> None:
     """``maha generate``."""
     prog = "maha generate"
     with user_errors(prog):
-        from maha_attn.evaluation.generation import continue_text
-        from maha_attn.training.recipe import GenerationSettings
+        from maha_attn.tasks import runs as work
 
-        run, settings = parse_run(
-            prog,
-            GENERATE_HELP,
-            arguments,
-            "generation",
-            GenerationSettings,
-            {"prompt": "the text to continue"},
-        )
-        model, tokenizer = load_model(run)
-    print(continue_text(model, tokenizer, settings))
+        explained = {"prompt": "the text to continue or to translate"}
+        run, settings = parse_run(prog, GENERATE_HELP, arguments, "generation", explained)
+        quiet_libraries()
+        task, model, tokenizer = work.load_model(run)
+        text = task.generate(model, tokenizer, settings)
+    print(text)
 
 
 def bench(arguments: list[str]) -> None:
@@ -193,7 +204,6 @@ def parse_run(
     description: str,
     arguments: list[str],
     section: str,
-    settings: type[Any],
     positionals: dict[str, str] | None = None,
 ) -> tuple["RunFolder", Any]:
     """Read the arguments of a command that works on a run.
@@ -203,18 +213,25 @@ def parse_run(
         description: The top of its help.
         arguments: Its arguments.
         section: The section of the run's recipe where the defaults stand.
-        settings: The class of that section.
         positionals: Its fields that are given without a name, and what to say of them.
 
     Returns:
-        The run and an object of ``settings``.
+        The run and the section's settings.
     """
     from jsonargparse import ArgumentParser
 
+    from maha_attn.tasks import TASKS
+    from maha_attn.tasks.runs import section_settings
     from maha_attn.training.recipe import HelpFormatter
     from maha_attn.training.run_folder import open_run
 
     positionals = positionals or {}
+    path = next((argument for argument in arguments if not argument.startswith("-")), None)
+    run, stored = None, {}
+    settings = TASKS["language_modeling"].sections()[section]
+    if path is not None and not {"-h", "--help"} & set(arguments):
+        run = open_run(path)
+        settings, stored = section_settings(run.settings(), section)
     parser = ArgumentParser(
         prog=prog,
         description=description,
@@ -226,41 +243,25 @@ def parse_run(
     for name, explanation in positionals.items():
         parser.add_argument(name, type=str, help=explanation)
     parser.add_class_arguments(settings, skip=set(positionals))
-    run = open_run(parser.parse_args(arguments).run)
-    stored = run.settings()[section]
     parser.set_defaults({name: v for name, v in stored.items() if name not in positionals})
     parsed = parser.parse_args(arguments)
+    assert run is not None
     return run, settings(**{field.name: parsed[field.name] for field in fields(settings)})
 
 
-def load_model(run: "RunFolder") -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-    """The trained model, on the GPU where there is one, and its tokenizer."""
-    import torch
+def show(run: "RunFolder", result: dict[str, Any]) -> None:
+    """Print what an evaluation found, and draw what can be drawn."""
+    from maha_attn.report.table import metrics_table, perplexity_table
 
-    from maha_attn.data.tokenizer import load_tokenizer
-    from maha_attn.models import MahaForCausalLM
-
-    quiet_libraries()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = MahaForCausalLM.from_pretrained(run.model, use_safetensors=True, device_map=device)
-    return model, load_tokenizer(run.model)
-
-
-def report(
-    run: "RunFolder",
-    model: "PreTrainedModel",
-    rows: "Rows",
-    settings: "EvaluationSettings",
-    generation: "GenerationSettings",
-) -> None:
-    """Evaluate a model, keep the result in the run folder, and print it."""
-    from maha_attn.evaluation.evaluate import evaluate as evaluate_model
-    from maha_attn.report.table import perplexity_table
-
-    result = evaluate_model(model, rows, settings, generation)
-    run.evaluation.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(f"\n{perplexity_table(result)}\n\nGenerated:\n{result['sample']['text']}\n")
+    is_text = "perplexities" in result
+    print(f"\n{perplexity_table(result) if is_text else metrics_table(result['metrics'])}\n")
+    for sample in result.get("samples", []):
+        print("\n".join(f"{name}: {text}" for name, text in sample.items()) + "\n")
+    if "sample" in result:
+        print(f"Generated:\n{result['sample']['text']}\n")
     print(f"Results: {run.evaluation}")
+    if "scale_usage" not in result:
+        return
     if not result["scale_usage"]:
         print("No picture of the scales: no layer has more than one.")
         return
@@ -293,9 +294,7 @@ def user_errors(prog: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the Trainer's progress bar."""
-    import datasets
+    """Leave the terminal to progress bars that take longer than two seconds."""
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -1,15 +1,25 @@
-"""From files to rows: no token lost, nothing held out ever seen."""
+"""From documents to rows: no token lost, nothing held out ever seen."""
 
 from itertools import chain
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+from datasets import Dataset
 
-from maha_attn.data import corpus
-from maha_attn.data.corpus import DataSettings, Texts, make_rows, make_tokenizer, pack, read_texts
+from maha_attn.data.corpus import CorpusSettings, load_documents, pack
+from maha_attn.data.source import Part
+from maha_attn.data.tokenizer import make_tokenizer, train_tokenizer
 
 BOOK = "".join(f"{i}: the quick brown fox jumps over the lazy dog.\n" for i in range(200))
+TOKENIZER = train_tokenizer([BOOK], 300)
+
+
+def documents(*texts: str) -> Part:
+    return Part("train", Dataset.from_dict({"text": list(texts)}), [("texts", len(texts))])
+
+
+def settings(**options: object) -> CorpusSettings:
+    return CorpusSettings(**({"train": "unused"} | options))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
@@ -20,9 +30,10 @@ def book(tmp_path: Path) -> str:
 
 
 def test_parts_are_disjoint_and_whole(book: str) -> None:
-    texts = read_texts(DataSettings(files=[book], held_out=0.2))
-    assert texts.train[0] + texts.held_out[0] == BOOK
-    assert len(texts.held_out[0]) == pytest.approx(0.2 * len(BOOK), abs=60)
+    parts = load_documents(CorpusSettings(train=book, held_out=0.2))
+    (train,), (held_out,) = parts["train"].rows["text"], parts["validation"].rows["text"]
+    assert train + held_out == BOOK
+    assert len(held_out) == pytest.approx(0.2 * len(BOOK), abs=60)
 
 
 def test_held_out_files_are_whole_and_nothing_is_cut_from_the_others(
@@ -30,54 +41,78 @@ def test_held_out_files_are_whole_and_nothing_is_cut_from_the_others(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("something else")
-    texts = read_texts(DataSettings(files=[book], held_out_files=[str(other)]))
-    assert texts == Texts(train=[BOOK], held_out=["something else"])
+    parts = load_documents(CorpusSettings(train=[book], validation=str(other), test=str(other)))
+    texts = {name: part.rows["text"][:] for name, part in parts.items()}
+    assert texts == {"train": [BOOK], "validation": ["something else"], "test": ["something else"]}
 
 
-def test_tokenizer_learns_from_the_training_part_only() -> None:
-    settings = DataSettings(files=["unused"])
-    texts = Texts(train=["abababab " * 50], held_out=["xyxyxyxy " * 50])
-    learned = set(make_tokenizer(settings, texts, 300).get_vocab())
-    assert "abab" in learned
-    assert "xy" not in learned
+def test_books_of_the_samples(shared_data: Path) -> None:
+    parts = load_documents(
+        CorpusSettings(train=str(shared_data / "books" / "validation.jsonl.gz"), limit=2)
+    )
+    assert len(parts["train"].rows) == 2
+    assert all(len(text) > 50_000 for text in parts["train"].rows["text"])
 
 
-def test_packing_loses_no_token_and_ends_every_document() -> None:
-    texts = Texts(train=[BOOK, "café\n"], held_out=["a fox"])
-    tokenizer = make_tokenizer(DataSettings(files=["unused"]), texts, 300)
-    rows = make_rows(texts, tokenizer, 32)
-    for part, documents in ((rows.train, texts.train), (rows.held_out, texts.held_out)):
-        expected = [[*tokenizer.encode(document), tokenizer.eos_token_id] for document in documents]
-        assert list(chain(*part["input_ids"])) == list(chain(*expected))
-        assert {len(row) for row in part["input_ids"][:-1]} <= {32}
+@pytest.mark.parametrize("length", [2, 32, 10**6])
+def test_packing_loses_no_token_and_ends_every_document(length: int) -> None:
+    texts = [BOOK, "café\n", "a fox"]
+    rows = pack(documents(*texts), TOKENIZER, settings(sequence_length=length))
+    expected = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for text in texts]
+    assert list(chain(*rows["input_ids"])) == list(chain(*expected))
+    assert {len(row) for row in rows["input_ids"][:-1]} <= {length}
 
 
-def test_packing_is_cached_by_content() -> None:
-    texts = Texts(train=[BOOK], held_out=["a fox"])
-    tokenizer = make_tokenizer(DataSettings(files=["unused"]), texts, 300)
-    first = pack(["one text", BOOK], tokenizer, 16)
-    with patch.object(corpus.Tokenizer, "from_str", side_effect=AssertionError("tokenised again")):
-        assert pack(["one text", BOOK], tokenizer, 16)["input_ids"] == first["input_ids"]
-    changed = pack(["one text.", BOOK], tokenizer, 16)
-    assert changed["input_ids"] != first["input_ids"]
+def test_packing_is_cached_by_content(book: str) -> None:
+    options = CorpusSettings(train=book, sequence_length=16)
+
+    def packed() -> dict[str, float]:
+        rows = pack(load_documents(options)["validation"], TOKENIZER, options)
+        files = [file["filename"] for file in rows.cache_files]
+        return {file: Path(file).stat().st_mtime for file in files}
+
+    first = packed()
+    assert first
+    assert packed() == first
+    Path(book).write_text(BOOK + "more")
+    assert not packed().keys() & first.keys()
+
+
+def test_processes_change_nothing() -> None:
+    texts = [f"{i} {BOOK[: 100 * i]}" for i in range(1, 7)]
+    one = pack(documents(*texts), TOKENIZER, settings(sequence_length=32))
+    two = pack(documents(*texts), TOKENIZER, settings(sequence_length=32, num_proc=2))
+    assert two["input_ids"][:] == one["input_ids"][:]
+
+
+def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    assert make_tokenizer(str(tmp_path), [], 999).get_vocab() == TOKENIZER.get_vocab()
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
-        ({"files": []}, "data.files must name at least one"),
-        ({"files": ["x"], "held_out": 0.0}, "data.held_out must be between 0 and 1, got 0.0"),
-        ({"files": ["x"], "held_out": 1.0}, "data.held_out must be between 0 and 1, got 1.0"),
-        ({"files": ["x"], "sequence_length": 1}, "data.sequence_length must be at least 2, got 1"),
+        ({"train": []}, "data.train must name at least one"),
+        ({"held_out": 0.0}, "data.held_out must be between 0 and 1, got 0.0"),
+        ({"held_out": 1.0}, "data.held_out must be between 0 and 1, got 1.0"),
+        ({"sequence_length": 1}, "data.sequence_length must be at least 2, got 1"),
     ],
 )
-def test_bad_settings(settings: dict, message: str) -> None:
+def test_bad_settings(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataSettings(**settings)
+        settings(**options)
 
 
-def test_text_too_short_to_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("abc", r"short\.txt, row 1: is too short to hold out 10%"),
+        (" \n", "field 'text': is empty"),
+    ],
+)
+def test_bad_text(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "short.txt"
-    file.write_text("abc")
-    with pytest.raises(ValueError, match="too short to hold out 10%"):
-        read_texts(DataSettings(files=[str(file)]))
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_documents(CorpusSettings(train=str(file)))

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from maha_attn.data.tokenizer import END, PADDING, load_tokenizer, token_bytes, train_tokenizer
+from maha_attn.data.tokenizer import (
+    END,
+    PADDING,
+    load_tokenizer,
+    make_tokenizer,
+    token_bytes,
+    train_tokenizer,
+)
 
 TEXT = "the cat sat on the mat; the café’s cat — naïve — sat there. " * 20
 TOKENIZER = train_tokenizer([TEXT], 300)
@@ -49,3 +56,23 @@ def test_load_equals_saved_and_refuses_others(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
     with pytest.raises(ValueError, match="not byte-level"):
         load_tokenizer(tmp_path / "words")
+
+
+def test_frame() -> None:
+    framed = train_tokenizer([TEXT], 300, framed=True)
+    start, end = framed.cls_token_id, framed.eos_token_id
+    assert framed.mask_token_id not in (None, start, end, framed.pad_token_id)
+    one, other = (framed.encode(text, add_special_tokens=False) for text in ("the cat", "sat"))
+    assert framed("the cat").input_ids == [start, *one, end]
+    assert framed("the cat", "sat").input_ids == [start, *one, end, *other, end]
+    assert framed.decode(framed("the cat").input_ids, skip_special_tokens=True) == "the cat"
+
+
+def test_frame_of_a_tokenizer_without_start_adds_no_token(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    framed = make_tokenizer(str(tmp_path), [], 0, framed=True)
+    assert len(framed) == len(TOKENIZER)
+    assert framed.cls_token_id == framed.eos_token_id
+    framed.save_pretrained(tmp_path / "again")
+    again = make_tokenizer(str(tmp_path / "again"), [], 0, framed=True)
+    assert again("a", "b").input_ids == framed("a", "b").input_ids

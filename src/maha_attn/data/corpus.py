@@ -1,136 +1,132 @@
-"""From the settings of a recipe to rows of tokens for training and for evaluation."""
+"""Documents to rows of tokens, for language models and masked language models."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset, Features, List, Value
-from tokenizers import Tokenizer
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from maha_attn.data.text import read_text, split_text
-from maha_attn.data.tokenizer import load_tokenizer, train_tokenizer
+from maha_attn.data.files import split_text
+from maha_attn.data.source import Part, SourceSettings, load_parts
+from maha_attn.data.tokenize import tokenise
+from maha_attn.data.tokenizer import backend
 
 _ROWS = Features({"input_ids": List(Value("int32"))})
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What to learn from, and what to be judged by.
+class CorpusColumns:
+    """Which columns of the data mean what.
 
     Args:
-        files: UTF-8 text files, one document each (.gz too); embedded:hard_times,
-            embedded:lady_audleys_secret and embedded:alice_in_wonderland need no file.
-        held_out: Part of each document, its end, that is never trained on.
-        held_out_files: Documents to hold out instead; then held_out cuts nothing off.
+        text: A document.
+    """
+
+    text: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings(SourceSettings):
+    """Documents to learn from and to be judged by; embedded:NAME is a novel of the package.
+
+    Args:
+        columns: Which columns mean what.
+        held_out: Part of each training document, its end, that is held out instead where there
+            is no validation.
         tokenizer: Folder of a byte-level tokenizer; left out, one of model.vocab_size tokens is
             trained on the training part.
         sequence_length: Tokens in a row, the model's context in training.
     """
 
-    files: list[str]
+    columns: CorpusColumns = field(default_factory=CorpusColumns)
     held_out: float = 0.1
-    held_out_files: list[str] | None = None
     tokenizer: str | None = None
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
         """Check what types do not say."""
-        if not self.files:
-            raise ValueError("data.files must name at least one text file, got none")
+        super().__post_init__()
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must be between 0 and 1, got {self.held_out}")
         if self.sequence_length < 2:
             raise ValueError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Documents to train on and documents held out; no character is in both."""
-
-    train: list[str]
-    held_out: list[str]
-
-
-def read_texts(settings: DataSettings) -> Texts:
-    """Read and split the documents.
+def load_documents(settings: CorpusSettings) -> dict[str, Part]:
+    """Load the documents by part, and split them where nothing else is held out.
 
     Raises:
-        ValueError: A file is missing, empty or not UTF-8, or too short to hold a part of it out.
+        ValueError: Some data is missing, unreadable or empty, or too short to hold a part out.
     """
-    documents = [read_text(name) for name in settings.files]
-    if settings.held_out_files:
-        return Texts(train=documents, held_out=[read_text(f) for f in settings.held_out_files])
-    parts = [split_text(document, settings.held_out) for document in documents]
-    for name, (train, held_out) in zip(settings.files, parts, strict=True):
-        if not train.strip() or not held_out.strip():
-            raise ValueError(
-                f"text file {name!r} is too short to hold out {settings.held_out:.0%} of it; give "
-                "a longer text, or name other files in data.held_out_files"
-            )
-    return Texts(train=[train for train, _ in parts], held_out=[held for _, held in parts])
+    parts = load_parts(settings, {"text": settings.columns.text})
+    for part in parts.values():
+        part.require_text("text")
+    if "validation" not in parts:
+        parts["train"], parts["validation"] = _hold_out(parts["train"], settings.held_out)
+    return parts
 
 
-def make_tokenizer(
-    settings: DataSettings, texts: Texts, vocab_size: int
-) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that the settings name, or train one on the training part."""
-    if settings.tokenizer is None:
-        return train_tokenizer(texts.train, vocab_size)
-    return load_tokenizer(settings.tokenizer)
+def _hold_out(part: Part, held_out: float) -> tuple[Part, Part]:
+    """The beginnings and the ends of all documents."""
 
+    def cut(piece: int) -> Dataset:
+        options = {"held_out": held_out, "piece": piece}
+        return part.rows.map(_cut, fn_kwargs=options, desc="Holding text out")
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The texts as rows of ``sequence_length`` tokens, and the tokenizer that made them."""
-
-    train: Dataset
-    held_out: Dataset
-    tokenizer: PreTrainedTokenizerFast
-    sequence_length: int
-
-
-def make_rows(texts: Texts, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Rows:
-    """Pack both parts of the texts."""
-    return Rows(
-        train=pack(texts.train, tokenizer, sequence_length),
-        held_out=pack(texts.held_out, tokenizer, sequence_length),
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
+    train, validation = (
+        Part(name, cut(piece), part.sources) for piece, name in enumerate(("train", "validation"))
     )
+    for piece in (train, validation):
+        if found := piece.first("text", lambda text: not text.strip()):
+            raise ValueError(
+                f"{part.where(found[0])}: is too short to hold out {held_out:.0%} of it; give a "
+                "longer text, or name other data in data.validation"
+            )
+    return train, validation
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Dataset:
+def _cut(row: dict[str, str], held_out: float, piece: int) -> dict[str, str]:
+    """A document's beginning (piece 0) or end (piece 1)."""
+    return {"text": split_text(row["text"], held_out)[piece]}
+
+
+def pack(part: Part, tokenizer: PreTrainedTokenizerFast, settings: CorpusSettings) -> Dataset:
     """Tokenise documents into rows without losing a token.
 
     Every document is followed by the end-of-text token; the rows are cut from the whole stream, so
-    all have ``sequence_length`` tokens but the last. datasets keeps the rows in its cache: the
-    same documents, tokenizer and length are tokenised once.
+    all have ``sequence_length`` tokens but the last. datasets keeps the tokens and the rows in its
+    cache: the same documents, tokenizer and length are worked on once.
 
     Returns:
         A dataset with the column ``input_ids``.
     """
+    ids = tokenise(part, _encode, tokenizer, settings, batch_size=8, end=tokenizer.eos_token_id)
     rows = Dataset.from_generator(
         _rows,
         features=_ROWS,
-        gen_kwargs={
-            "documents": tuple(documents),
-            "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
-            "end": tokenizer.eos_token_id,
-            "sequence_length": sequence_length,
-        },
+        gen_kwargs={"documents": ids, "sequence_length": settings.sequence_length},
     )
     return cast(Dataset, rows)
 
 
-def _rows(
-    documents: tuple[str, ...], tokenizer_json: str, end: int, sequence_length: int
-) -> Iterator[dict[str, list[int]]]:
-    """The rows of :func:`pack`; its arguments are all that the cache's key depends on."""
-    encodings = Tokenizer.from_str(tokenizer_json).encode_batch_fast(
-        documents, add_special_tokens=False
-    )
-    stream = list(chain.from_iterable((*encoding.ids, end) for encoding in encodings))
-    for start in range(0, len(stream), sequence_length):
-        yield {"input_ids": stream[start : start + sequence_length]}
+def _encode(batch: dict[str, Any], tokenizer_json: str, end: int) -> dict[str, list[Any]]:
+    """Tokens of documents, each with the end-of-text token."""
+    encodings = backend(tokenizer_json).encode_batch_fast(batch["text"], add_special_tokens=False)
+    return {"input_ids": [np.array([*encoding.ids, end], np.int32) for encoding in encodings]}
+
+
+def _rows(documents: Dataset, sequence_length: int) -> Iterator[dict[str, NDArray[np.int32]]]:
+    """Cut the stream of all documents, holding one document at a time."""
+    rest = np.empty(0, np.int32)
+    for document in documents.with_format("numpy").iter(batch_size=1):
+        (ids,) = cast(dict[str, Any], document)["input_ids"]
+        stream = np.concatenate([rest, ids])
+        whole = len(stream) - len(stream) % sequence_length
+        for start in range(0, whole, sequence_length):
+            yield {"input_ids": stream[start : start + sequence_length]}
+        rest = stream[whole:]
+    if len(rest):
+        yield {"input_ids": rest}

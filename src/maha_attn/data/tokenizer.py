@@ -1,27 +1,43 @@
-"""A byte-level BPE tokenizer: made, and its tokens turned back into bytes."""
+"""A byte-level BPE tokenizer: made, loaded, and its tokens turned back into bytes."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 PADDING = "<|padding|>"
-MIN_VOCAB_SIZE = 256 + 2
-"""Every byte is a token, so that any text can be written; then END and PADDING."""
+START = "<|startoftext|>"
+MASK = "<|mask|>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    folder: str | None, texts: Iterable[str], vocab_size: int, framed: bool = False
+) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a folder, or without one train it on ``texts``; framed if asked for."""
+    if folder is None:
+        return train_tokenizer(texts, vocab_size, framed)
+    tokenizer = load_tokenizer(folder)
+    return frame(tokenizer) if framed else tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, framed: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer; nothing is unknown to it, and decoding gives the text back exactly.
 
     Args:
         texts: What to learn merges from: the training part only.
-        vocab_size: Tokens, at least 258; a short text may not fill them.
+        vocab_size: Tokens, at least every byte and the special ones; a short text may not fill
+            them.
+        framed: Have START and MASK too, and frame texts as :func:`frame` does.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    special = [END, PADDING, START, MASK] if framed else [END, PADDING]
+    if vocab_size < 256 + len(special):
         raise ValueError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes, {END} and {PADDING}), "
+            f"vocab_size must be at least {256 + len(special)} (256 bytes, {', '.join(special)}), "
             f"got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
@@ -29,14 +45,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PADDING],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, padding_side="left"
     )
+    if not framed:
+        return made
+    made.add_special_tokens({"cls_token": START, "mask_token": MASK})
+    return frame(made)
+
+
+def frame(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Make ``tokenizer(text)`` frame its text: ``START text END``, pairs ``START a END b END``.
+
+    A tokenizer that has its own frame keeps it. START is its cls, bos or eos token, whichever it
+    has first, so that no token is added that a trained model has not seen. Padding goes right.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.num_special_tokens_to_add(pair=True):
+        return tokenizer
+    end = str(tokenizer.eos_token)
+    start = str(tokenizer.cls_token or tokenizer.bos_token or end)
+    tokenizer.cls_token, tokenizer.sep_token = start, end
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A {end} $B {end}",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in {start, end}],  # pyright: ignore[reportArgumentType]
+    )
+    return tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -60,6 +100,26 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {str(folder)!r} has no eos_token to end a document")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PADDING})
+    return tokenizer
+
+
+@lru_cache(maxsize=4)
+def backend(
+    tokenizer_json: str, max_length: int | None = None, stride: int | None = None
+) -> Tokenizer:
+    """The tokenizers library's object, out of all that the cache of tokenised rows depends on.
+
+    Args:
+        tokenizer_json: ``tokenizer.backend_tokenizer.to_str()``.
+        max_length: Cut to so many tokens, of a pair the second text only if ``stride`` is given.
+        stride: Tokens that successive windows of what was cut share.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if max_length is not None:
+        strategy = "longest_first" if stride is None else "only_second"
+        tokenizer.enable_truncation(max_length, stride=stride or 0, strategy=strategy)
     return tokenizer
 
 

@@ -1,26 +1,55 @@
-"""Continuing a text."""
+"""Continuing a text, or translating one."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from maha_attn.training.recipe import GenerationSettings
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How text is continued.
+
+    Args:
+        prompt: The text to continue or to translate.
+        max_new_tokens: Tokens to add.
+        temperature: Of the sampling; 0 takes the likeliest token each time.
+        top_p: Sample among the likeliest tokens of this much probability.
+        num_beams: Beams of the search for the likeliest text; 1 for none.
+        seed: Of the sampling.
+    """
+
+    prompt: str = "It was"
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_p: float = 0.95
+    num_beams: int = 1
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``generate`` takes."""
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+            if self.temperature > 0
+            else {"do_sample": False}
+        )
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, **sampling}
 
 
 @torch.inference_mode()
-def continue_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
-) -> str:
-    """The prompt and what the model makes of it; the same settings give the same text."""
-    if not settings.prompt:
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    settings: GenerationSettings,
+) -> list[str]:
+    """What the model makes of each prompt; a causal model's texts begin with it."""
+    if not all(prompts):
         raise ValueError("the prompt must be some text to continue, got none")
     set_seed(settings.seed)
-    sampling = (
-        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
-        if settings.temperature > 0
-        else {"do_sample": False}
-    )
-    inputs = tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     output = model.eval().generate(  # pyright: ignore[reportCallIssue]
-        **inputs.to(model.device), max_new_tokens=settings.max_new_tokens, **sampling
+        **inputs.to(model.device), **settings.arguments()
     )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    return tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The perplexities of an evaluation as a table for the terminal."""
+"""The numbers of an evaluation as a table for the terminal."""
 
 from typing import Any
 
@@ -22,3 +22,27 @@ def perplexity_table(evaluation: dict[str, Any]) -> str:
             f"{values['bits_per_byte']:>16.3f}"
         )
     return "\n".join(lines)
+
+
+def metrics_table(metrics: dict[str, dict[str, Any]]) -> str:
+    """Lay out ``metrics`` of evaluation.json or, with means and spreads, of summary.json.
+
+    Args:
+        metrics: Numbers by part and name.
+    """
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    lines = [f"{'':<26}" + "".join(f"{part:>22}" for part in metrics)]
+    for name in names:
+        cells = (_cell(values.get(name)) for values in metrics.values())
+        lines.append(f"{name.replace('_', ' '):<26}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """A number, or a mean with its spread."""
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
+        return f"{value['mean']:.2f}{spread}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

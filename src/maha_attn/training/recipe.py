@@ -1,6 +1,11 @@
-"""A recipe: the complete settings of a run in one YAML file, typed and overridable."""
+"""A recipe: the complete settings of a run in one YAML file, typed and overridable.
+
+Beside its sections a recipe has ``task``, what is learned; ``pretrained``, the run to start from;
+``seeds``, to repeat the run with; and ``variants``, named changes of all these.
+"""
 
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
@@ -14,68 +19,66 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from transformers import PreTrainedConfig, TrainingArguments
 
-from maha_attn.data.corpus import DataSettings
 from maha_attn.models import MahaConfig
 from maha_attn.spec import AttentionSpec
 
-SECTIONS = ("model", "data", "train", "evaluation", "generation")
+SECTIONS = ("model", "data", "train", "lora", "evaluation", "generation")
+KEYS = ("task", "pretrained", "seeds", "variants")
 TRAIN_SHOWN = {
     *("output_dir", "seed", "use_cpu", "bf16", "torch_compile", "gradient_checkpointing"),
     *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps", "save_total_limit", "report_to"),
+    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
+    "train_sampling_strategy",
 }
 """The Trainer's options that the help shows; all the others are accepted too."""
 MODEL_HIDDEN = {
     *(option.name for option in fields(PreTrainedConfig)),
     *("causal", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    "decoder_start_token_id",
 }
-"""Options that the help does not show: set from the tokenizer, or of no use in training."""
+"""Options that the help does not show: set from the task and the tokenizer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How the held-out text is scored.
+@dataclass
+class TrainSettings(TrainingArguments):
+    """The Trainer's own arguments, and when to stop early.
 
     Args:
-        stride: Tokens by which the window moves on. Left out, windows do not overlap, and the
-            first token of each is not scored; smaller strides give every token more context.
-        batch_size: Windows at once.
-        usage_rows: Windows over which the use of the scales is averaged.
+        early_stopping_patience: Stop after so many evaluations without a better
+            metric_for_best_model; needs load_best_model_at_end.
     """
 
-    stride: int | None = None
-    batch_size: int = 8
-    usage_rows: int = 16
+    early_stopping_patience: int | None = None
 
-    def check(self, sequence_length: int) -> None:
-        """Refuse a stride that does not fit the windows."""
-        if self.stride is not None and not 1 <= self.stride < sequence_length:
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        super().__post_init__()
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError(
-                "evaluation.stride must be between 1 and data.sequence_length - 1 = "
-                f"{sequence_length - 1}, got {self.stride}; leave it out for windows that do not "
-                "overlap"
+                "train.early_stopping_patience needs train.load_best_model_at_end: true, with "
+                "eval_strategy and save_strategy the same (steps or epoch)"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """How text is continued.
+class LoraSettings:
+    """Low-rank adaptation of a pretrained model, by peft.
 
     Args:
-        prompt: The text to continue.
-        max_new_tokens: Tokens to add.
-        temperature: Of the sampling; 0 takes the likeliest token each time.
-        top_p: Sample among the likeliest tokens of this much probability.
-        seed: Of the sampling.
+        rank: Of the updates; left out, all weights are trained.
+        alpha: Updates are scaled by alpha/rank.
+        dropout: In front of the updates.
+        targets: Ends of the names of the adapted modules; by default every linear projection
+            inside the blocks.
     """
 
-    prompt: str = "It was"
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
+    rank: int | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +87,22 @@ class Recipe:
 
     Args:
         model: The model; its vocabulary's size is also the size of a tokenizer to be trained.
-        data: The text.
+        data: What it learns from, as its task reads it.
         train: The Trainer's own arguments; ``output_dir`` is the run folder.
-        evaluation: How the model is scored.
+        lora: What of it is trained.
+        evaluation: How the model is scored, as its task does it.
         generation: How it continues text.
+        pretrained: Folder of the run or of the saved model that it starts from.
         settings: All of the above as plain values: what a run folder keeps.
     """
 
     model: MahaConfig
-    data: DataSettings
-    train: TrainingArguments
-    evaluation: EvaluationSettings
-    generation: GenerationSettings
+    data: Any
+    train: TrainSettings
+    lora: LoraSettings
+    evaluation: Any
+    generation: Any
+    pretrained: str | None = None
     settings: dict[str, Any] = field(repr=False)
 
 
@@ -103,10 +110,11 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of descriptions as they are, and shows every option's type and default."""
 
 
-def recipe_parser(**options: Any) -> ArgumentParser:
+def recipe_parser(sections: dict[str, type], **options: Any) -> ArgumentParser:
     """The parser of a recipe's options, which raises its errors.
 
     Args:
+        sections: The classes of the sections model, data, evaluation and generation.
         options: Of the ArgumentParser: ``prog``, ``usage``, ``description``.
     """
     parser = ArgumentParser(
@@ -115,12 +123,9 @@ def recipe_parser(**options: Any) -> ArgumentParser:
         formatter_class=HelpFormatter,
         **options,
     )
-    parser.add_argument("--recipe", action="config", help=SUPPRESS)
-    parser.add_class_arguments(MahaConfig, "model", fail_untyped=False)
-    parser.add_class_arguments(DataSettings, "data")
-    parser.add_class_arguments(TrainingArguments, "train")
-    parser.add_class_arguments(EvaluationSettings, "evaluation")
-    parser.add_class_arguments(GenerationSettings, "generation")
+    classes = {"train": TrainSettings, "lora": LoraSettings, **sections}
+    for section in SECTIONS:
+        parser.add_class_arguments(classes[section], section, fail_untyped=section != "model")
     parser.set_defaults(
         {
             "train.output_dir": None,
@@ -147,38 +152,85 @@ def print_help(parser: ArgumentParser) -> None:
     parser.print_help()
 
 
-def load_recipe(parser: ArgumentParser, path: str, overrides: list[str]) -> Recipe:
-    """Read a recipe and the options that override it.
+def read_recipe(path: str, variants: list[str] | None = None) -> dict[str, Any]:
+    """Read a recipe's file, and change it as its variants say.
+
+    Args:
+        path: In the current directory or among the recipes of the package.
+        variants: Names of variants of the recipe, applied one after the other.
+
+    Returns:
+        The recipe as plain values, less its variants.
+
+    Raises:
+        ValueError: The file does not exist, is no YAML, has an unknown section or no such variant.
+    """
+    try:
+        recipe = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
+        _check_sections(recipe)
+        known = recipe.pop("variants", None) or {}
+        for name in variants or []:
+            if name not in known:
+                raise ValueError(f"no variant {name!r}; there are {', '.join(known) or 'none'}")
+            _check_sections(known[name])
+            recipe = _changed(recipe, known[name])
+        recipe.setdefault("task", "language_modeling")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+    return recipe
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with the values that ``changes`` names replaced, section by section."""
+    result = deepcopy(settings)
+    for name, value in changes.items():
+        inner = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = _changed(result[name], value) if inner else value
+    return result
+
+
+def parse_recipe(
+    parser: ArgumentParser, recipe: dict[str, Any], path: str, overrides: list[str]
+) -> Recipe:
+    """Check a recipe's settings and those that override them.
 
     Args:
         parser: Of :func:`recipe_parser`.
-        path: The recipe's path, in the current directory or among those of the package.
+        recipe: Of :func:`read_recipe`.
+        path: Its path, for messages and the default run folder.
         overrides: Command-line arguments such as ``--train.max_steps=10``.
 
     Raises:
-        ValueError: The file does not exist, is no YAML, or an option or its value is unknown.
+        ValueError: An option or its value is unknown.
     """
-    file = find_recipe(path)
+    sections = {name: recipe[name] for name in SECTIONS if name in recipe}
     try:
-        _check_sections(yaml.safe_load(file.read_text(encoding="utf-8")))
-        parsed = parser.parse_args(["--recipe", str(file), *overrides])
-        parsed.train.output_dir = parsed.train.output_dir or str(Path("runs") / file.stem)
+        parsed = (
+            parser.parse_object(sections)
+            if not overrides
+            else parser.parse_args(overrides, namespace=parser.parse_object(sections))
+        )
+        parsed.train.output_dir = parsed.train.output_dir or str(Path("runs") / Path(path).stem)
         objects = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ValueError(f"recipe {path}: {error}{_did_you_mean(str(error), parser)}") from error
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"recipe {path}: {error}") from error
-    objects.evaluation.check(objects.data.sequence_length)
-    settings = yaml.safe_load(parser.dump(parsed, skip_unset=False))
-    return Recipe(**{name: objects[name] for name in SECTIONS}, settings=settings)
+    keys = {name: recipe.get(name) for name in ("task", "pretrained")}
+    settings = keys | yaml.safe_load(parser.dump(parsed, skip_unset=False))
+    return Recipe(
+        **{name: objects[name] for name in SECTIONS},
+        pretrained=recipe.get("pretrained"),
+        settings=settings,
+    )
 
 
 def _check_sections(content: object) -> None:
     """Refuse a recipe without sections, or with one of an unknown name."""
-    expected = f"expected YAML with the sections {', '.join(SECTIONS)}"
+    expected = f"expected YAML with the sections {', '.join(SECTIONS)} and {', '.join(KEYS)}"
     if not isinstance(content, dict):
         raise ValueError(f"{expected}; got {type(content).__name__}")
-    if unknown := [str(name) for name in content if name not in SECTIONS]:
+    if unknown := [str(name) for name in content if name not in (*SECTIONS, *KEYS)]:
         raise ValueError(f"{expected}; got {', '.join(unknown)}")
 
 
@@ -198,6 +250,8 @@ def _did_you_mean(message: str, parser: ArgumentParser) -> str:
     """A hint at the option that a misspelt one in the message may mean."""
     known = {action.dest.rpartition(".")[2]: action.dest for action in parser._actions}
     for word in message.replace("=", " ").split():
+        if not word.startswith(("--", "'", '"')):
+            continue
         unknown = word.strip("'\":;,.").rpartition(".")[2].lstrip("-")
         if unknown not in known and (close := get_close_matches(unknown, known, 1, cutoff=0.75)):
             return f"; did you mean {known[close[0]]}?"

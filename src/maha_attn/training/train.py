@@ -1,60 +1,87 @@
-"""Training a causal language model: transformers' Trainer with our model, rows and metrics file."""
+"""Training: transformers' Trainer with the model and the rows of any task, and our metrics file."""
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from datasets import Dataset
 from transformers import (
-    DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
-from maha_attn.data.corpus import Rows
-from maha_attn.models import MahaConfig, MahaForCausalLM
+from maha_attn.training.model import adapt
+from maha_attn.training.recipe import LoraSettings, TrainSettings
 from maha_attn.training.run_folder import RunFolder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What a task gives the Trainer.
+
+    Args:
+        train: Rows to learn from.
+        validation: Rows whose loss, and whatever ``compute_metrics`` makes of the model's output,
+            are logged where ``train.eval_strategy`` asks for it.
+        tokenizer: Saved with the model.
+        collator: Makes a batch of rows.
+        compute_metrics: Names and values, for ``train.metric_for_best_model``.
+    """
+
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerFast
+    collator: Callable[[list[Any]], Any]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+
 def train_model(
-    config: MahaConfig,
-    arguments: TrainingArguments,
-    rows: Rows,
+    model: PreTrainedModel,
+    arguments: TrainSettings,
+    examples: Examples,
     run: RunFolder,
+    lora: LoraSettings,
     resume: bool = False,
-) -> MahaForCausalLM:
+) -> PreTrainedModel:
     """Train a model and save it with its tokenizer in the run folder.
 
     Args:
-        config: The model; the size of its vocabulary and its special tokens become the tokenizer's.
+        model: Where it starts.
         arguments: The Trainer's. It takes a GPU where there is one.
-        rows: The text.
+        examples: What it learns from.
         run: Where metrics, checkpoints and the model go.
+        lora: Whether all of it is trained. If not, updates are merged into the weights at the end.
         resume: Continue from the run's last complete checkpoint.
     """
-    tokenizer = rows.tokenizer
-    config.vocab_size = len(tokenizer)
-    config.eos_token_id = cast(int, tokenizer.eos_token_id)
-    config.pad_token_id = cast(int, tokenizer.pad_token_id)
-    set_seed(arguments.seed)
-    model = MahaForCausalLM(config)
+    callbacks: list[TrainerCallback] = [RunFiles(run)]
+    if arguments.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = Trainer(
-        model=model,
+        model=model if lora.rank is None else adapt(model, lora),
         args=arguments,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-        callbacks=[RunFiles(run)],
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
+        data_collator=examples.collator,
+        processing_class=examples.tokenizer,
+        compute_metrics=examples.compute_metrics,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=str(run.last_checkpoint()) if resume else None)
+    if lora.rank is not None:
+        model = trainer.model.merge_and_unload()  # pyright: ignore
     if trainer.is_world_process_zero():
         model.save_pretrained(run.model)
-        tokenizer.save_pretrained(run.model)
+        examples.tokenizer.save_pretrained(run.model)
     return model
 
 

@@ -1,0 +1,146 @@
+"""Labelled texts and pairs of texts to rows of tokens, for sequence classification."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerFast
+
+from maha_attn.data.source import Part, load_parts
+from maha_attn.data.tokenize import ExampleSettings, refuse_long_rows, tokenise
+from maha_attn.data.tokenizer import backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledColumns:
+    """Which columns of the data mean what.
+
+    Args:
+        text: The text, or the first of a pair (sentence; premise).
+        pair: The second text of a pair (hypothesis); left out, there are no pairs.
+        label: The class: a whole number from 0, or its name.
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSettings(ExampleSettings):
+    """Labelled texts to learn from and to be judged by.
+
+    Args:
+        columns: Which columns mean what.
+        labels: Names of the classes, in the order of their numbers. Left out, they are those of
+            the dataset, or the values that the training part has.
+        truncate: Cut rows of more than max_length tokens; else one is an error.
+    """
+
+    columns: LabelledColumns = field(default_factory=LabelledColumns)
+    labels: list[str] | None = None
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        super().__post_init__()
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"data.labels must name two or more classes once, got {self.labels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Labelled texts by part, and the names of the classes."""
+
+    parts: dict[str, Part]
+    labels: list[str]
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer learns from."""
+        rows = self.parts["train"].rows
+        for name in ("text", "pair"):
+            if name in rows.column_names:
+                yield from rows[name]
+
+
+def load_labelled(settings: LabelledSettings) -> Labelled:
+    """Load the texts and turn their labels into numbers.
+
+    Raises:
+        ValueError: Some data is missing, unreadable or empty, or a label is none of the classes.
+    """
+    names = settings.columns
+    columns = {"text": names.text, "label": names.label}
+    if names.pair is not None:
+        columns["pair"] = names.pair
+    parts = load_parts(settings, columns)
+    for part in parts.values():
+        part.require_text(*(name for name in ("text", "pair") if name in columns))
+    labels = settings.labels or _labels(parts["train"])
+    return Labelled(
+        parts={name: _number(part, labels) for name, part in parts.items()}, labels=labels
+    )
+
+
+def _labels(train: Part) -> list[str]:
+    """The classes of the training part."""
+    kind = train.rows.features["label"]
+    if isinstance(kind, ClassLabel):
+        return list(kind.names)
+    found = {label for label in train.rows.unique("label") if label is not None}
+    if all(isinstance(label, int) for label in found):
+        return [str(i) for i in range(max(found) + 1)]
+    return sorted(map(str, found))
+
+
+def _number(part: Part, labels: list[str]) -> Part:
+    """Labels as numbers, each of them one of the classes."""
+    number = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
+    if wrong := part.first("label", lambda label: _unknown(label, number)):
+        row, label = wrong
+        hint = "; a part whose labels are hidden cannot be scored" if label == -1 else ""
+        part.refuse(
+            row,
+            "label",
+            f"expected one of {', '.join(labels)}, or a number from 0 to {len(labels) - 1}; got "
+            f"{label!r}{hint}",
+        )
+    numbers = [number[label] for label in part.rows["label"]]
+    rows = part.rows.remove_columns("label").add_column("label", numbers)  # pyright: ignore[reportCallIssue]
+    return Part(part.name, rows, part.sources)
+
+
+def _unknown(label: Any, number: dict[Any, int]) -> bool:
+    """Whether a label is none of the classes; 1.0 and True are not taken for 1."""
+    return type(label) not in (int, str) or label not in number
+
+
+def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: LabelledSettings) -> Dataset:
+    """Tokenise texts, or pairs of texts, each in one row.
+
+    Returns:
+        A dataset with the columns ``input_ids``, ``label`` and ``length``.
+
+    Raises:
+        ValueError: A row is too long.
+    """
+    max_length = settings.max_length if settings.truncate else None
+    rows = tokenise(part, _encode, tokenizer, settings, max_length=max_length)
+    refuse_long_rows(
+        part, rows, settings.max_length, "raise it, or set data.truncate to cut such rows"
+    )
+    return rows
+
+
+def _encode(
+    batch: dict[str, Any], tokenizer_json: str, max_length: int | None
+) -> dict[str, list[Any]]:
+    """Tokens of texts or pairs, and how many."""
+    texts = (
+        list(zip(batch["text"], batch["pair"], strict=True)) if "pair" in batch else batch["text"]
+    )
+    encodings = backend(tokenizer_json, max_length).encode_batch_fast(texts)
+    ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+    return {"input_ids": ids, "label": batch["label"], "length": [len(row) for row in ids]}

@@ -1,0 +1,181 @@
+"""Questions about contexts to windows of tokens, for extractive question answering.
+
+A long context does not fit one row: it is cut into windows that overlap, each a row
+``START question END context window END``. In a window that holds no whole answer, and for a
+question that has none, the answer is the first token (START).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
+
+from maha_attn.data.source import Part, load_parts
+from maha_attn.data.tokenize import ExampleSettings, tokenise
+from maha_attn.data.tokenizer import backend
+
+CONTEXT = 1
+"""The number of the context among the two texts of a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanColumns:
+    """Which columns of the data mean what.
+
+    Args:
+        context: A passage.
+        question: A question about it.
+        answers: text and answer_start, parallel lists; empty where the passage has no answer.
+    """
+
+    context: str = "context"
+    question: str = "question"
+    answers: str = "answers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanSettings(ExampleSettings):
+    """Questions to learn from and to be judged by.
+
+    Args:
+        columns: Which columns mean what.
+        max_length: Tokens of a row: the question, special tokens and a window of the context.
+        stride: Tokens that successive windows of a context share.
+    """
+
+    columns: SpanColumns = field(default_factory=SpanColumns)
+    max_length: int = 384
+    stride: int = 128
+
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        super().__post_init__()
+        if not 0 <= self.stride < self.max_length:
+            raise ValueError(
+                f"data.stride must be at least 0 and below data.max_length = {self.max_length}, "
+                f"got {self.stride}"
+            )
+
+
+def load_spans(settings: SpanSettings) -> dict[str, Part]:
+    """Load the questions by part.
+
+    Raises:
+        ValueError: Some data is missing, unreadable or empty, or an answer does not stand in its
+            context where it should.
+    """
+    names = settings.columns
+    parts = load_parts(
+        settings,
+        {
+            "context": names.context,
+            "question": names.question,
+            "texts": f"{names.answers}.text",
+            "starts": f"{names.answers}.answer_start",
+        },
+    )
+    for part in parts.values():
+        part.require_text("context", "question")
+        _require_answers(part)
+    return parts
+
+
+def _require_answers(part: Part) -> None:
+    """Refuse answers that are not in their contexts."""
+    for row, (context, texts, starts) in enumerate(
+        zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
+    ):
+        if len(texts) != len(starts):
+            part.refuse(row, "answers", f"has {len(texts)} text but {len(starts)} answer_start")
+        for text, start in zip(texts, starts, strict=True):
+            if not text or not context.startswith(text, start):
+                found = context[start : start + max(len(text), 20)]
+                part.refuse(
+                    row, "answers", f"expected {text!r} in context at {start}; found {found!r}"
+                )
+
+
+def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: SpanSettings) -> Dataset:
+    """Tokenise questions and contexts into windows.
+
+    Returns:
+        A row a window: ``input_ids``; ``start_positions`` and ``end_positions``, the first answer's
+        first and last token; ``question``, the row of ``part`` that it belongs to; ``offsets``,
+        ``[start, end]`` of each token in the characters of the context, ``[-1, -1]`` outside it;
+        and ``length``.
+
+    Raises:
+        ValueError: A question leaves no room for its context.
+    """
+    _require_room(part, tokenizer, settings)
+    numbered = Part(
+        part.name,
+        part.rows.add_column("row", list(range(len(part.rows)))),  # pyright: ignore[reportCallIssue]
+        part.sources,
+    )
+    return tokenise(
+        numbered,
+        _encode,
+        tokenizer,
+        settings,
+        max_length=settings.max_length,
+        stride=settings.stride,
+    )
+
+
+def _require_room(part: Part, tokenizer: PreTrainedTokenizerFast, settings: SpanSettings) -> None:
+    """Refuse questions so long that windows of the context would not move on."""
+    json = tokenizer.backend_tokenizer.to_str()
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    room = settings.max_length - settings.stride - special - 1
+    for start in range(0, len(part.rows), 10_000):
+        questions = part.rows[start : start + 10_000]["question"]
+        encodings = backend(json).encode_batch_fast(questions, add_special_tokens=False)
+        for row, encoding in enumerate(encodings, start):
+            if len(encoding) > room:
+                part.refuse(
+                    row,
+                    "question",
+                    f"has {len(encoding)} tokens; data.max_length = {settings.max_length} and "
+                    f"data.stride = {settings.stride} leave room for {room}; raise max_length",
+                )
+
+
+def _encode(
+    batch: dict[str, Any], tokenizer_json: str, max_length: int, stride: int
+) -> dict[str, list[Any]]:
+    """The windows of a batch of questions."""
+    names = ("input_ids", "start_positions", "end_positions", "question", "offsets", "length")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    pairs = list(zip(batch["question"], batch["context"], strict=True))
+    encodings = backend(tokenizer_json, max_length, stride).encode_batch(pairs)
+    answers = zip(batch["row"], batch["texts"], batch["starts"], strict=True)
+    for encoding, (row, texts, starts) in zip(encodings, answers, strict=True):
+        span = (starts[0], starts[0] + len(texts[0])) if texts else None
+        for window in (encoding, *encoding.overflowing):
+            offsets = context_offsets(window)
+            start, end = token_span(offsets, span)
+            values = (np.array(window.ids, np.int32), start, end, row, offsets, len(window.ids))
+            for name, value in zip(names, values, strict=True):
+                columns[name].append(value)
+    return columns
+
+
+def context_offsets(window: Encoding) -> np.ndarray:
+    """``[N, 2]``: the characters of the context that each token covers, ``[-1, -1]`` outside."""
+    offsets = np.array(window.offsets, np.int32)
+    offsets[np.array([i != CONTEXT for i in window.sequence_ids])] = -1
+    return offsets
+
+
+def token_span(offsets: np.ndarray, span: tuple[int, int] | None) -> tuple[int, int]:
+    """The first and last token of characters ``span``; ``(0, 0)`` where they are not all here."""
+    if span is None:
+        return 0, 0
+    inside = offsets[:, 0] >= 0
+    starts = np.flatnonzero(inside & (offsets[:, 0] <= span[0]) & (span[0] < offsets[:, 1]))
+    ends = np.flatnonzero(inside & (offsets[:, 0] < span[1]) & (span[1] <= offsets[:, 1]))
+    return (int(starts[0]), int(ends[-1])) if len(starts) and len(ends) else (0, 0)

@@ -1,0 +1,100 @@
+"""What a task is."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from maha_attn.evaluation.generation import GenerationSettings, generate_texts
+from maha_attn.models import MahaConfig
+from maha_attn.training.recipe import Recipe
+from maha_attn.training.train import Examples
+
+
+class Task(ABC):
+    """Data that is loaded, checked and tokenised, and how a model is judged by it.
+
+    A task is made once for a recipe, whatever the number of its seeds. Making it reads and checks
+    everything that a user can get wrong, so that nothing fails once training has started.
+
+    Args:
+        recipe: Its ``data`` and ``evaluation`` are of the task's classes.
+
+    Raises:
+        ValueError: Something in the data is missing or wrong.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    data_class: ClassVar[type]
+    evaluation_class: ClassVar[type]
+    purpose: ClassVar[str]
+    """Of a saved model: the name of the transformers pipeline that uses it."""
+
+    tokenizer: PreTrainedTokenizerFast
+    rows: dict[str, Dataset]
+    """Rows of tokens by part: train, validation, and test if there is one."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.data: Any = recipe.data
+        self.settings: Any = recipe.evaluation
+        self.generation: GenerationSettings = recipe.generation
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """The classes of a recipe's sections."""
+        return {
+            "model": cls.model_class.config_class,  # pyright: ignore[reportReturnType]
+            "data": cls.data_class,
+            "evaluation": cls.evaluation_class,
+            "generation": GenerationSettings,
+        }
+
+    def configure(self, config: MahaConfig) -> None:  # noqa: B027 - not every task has something
+        """Set what the task decides about the model, beside its vocabulary."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is trained on and what is held out, in a few words."""
+
+    @abstractmethod
+    def examples(self, model: PreTrainedModel) -> Examples:
+        """What the Trainer is given to train ``model``."""
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Score a trained model.
+
+        Returns:
+            What evaluation.json holds: ``metrics``, numbers by part and name, and what else is
+            worth keeping.
+        """
+
+    def held_out(self) -> list[str]:
+        """The parts that a model is judged by."""
+        return [name for name in self.rows if name != "train"]
+
+    @classmethod
+    def generate(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        settings: GenerationSettings,
+    ) -> str:
+        """What the model makes of a prompt.
+
+        Raises:
+            ValueError: It writes no text.
+        """
+        if not model.can_generate():
+            raise ValueError(
+                f"a {type(model).__name__} writes no text; use it by transformers.pipeline("
+                f"{cls.purpose!r}, model=…) after `import maha_attn.models`"
+            )
+        return generate_texts(model, tokenizer, [settings.prompt], settings)[0]
+
+
+def count(parts: dict[str, int], what: str) -> str:
+    """``871 sentences to train on, 100 for validation``."""
+    rest = "".join(f", {n:,} for {name}" for name, n in parts.items() if name != "train")
+    return f"{parts['train']:,} {what} to train on{rest}"

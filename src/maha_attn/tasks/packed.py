@@ -1,0 +1,39 @@
+"""What both kinds of language modelling share: documents, packed into rows."""
+
+from typing import ClassVar
+
+from maha_attn.data.corpus import load_documents, pack
+from maha_attn.data.tokenizer import make_tokenizer
+from maha_attn.tasks.base import Task
+from maha_attn.training.recipe import Recipe
+
+
+class PackedDocuments(Task):
+    """Documents, tokenised and packed into rows."""
+
+    framed: ClassVar[bool]
+    """Whether the tokenizer has START and MASK."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.documents = load_documents(self.data)
+        self.tokenizer = make_tokenizer(
+            self.data.tokenizer,
+            iter(self.documents["train"].rows["text"]),
+            recipe.model.vocab_size,
+            self.framed,
+        )
+        self.rows = {
+            name: pack(part, self.tokenizer, self.data) for name, part in self.documents.items()
+        }
+
+    def describe(self) -> str:
+        """Characters and documents."""
+        characters = {name: sum(map(len, p.rows["text"])) for name, p in self.documents.items()}
+        held_out = ", ".join(
+            f"{n:,} for {part}" for part, n in characters.items() if part != "train"
+        )
+        return (
+            f"{characters['train']:,} characters of {len(self.documents['train'].rows)} "
+            f"document(s) to train on, {held_out}"
+        )

@@ -1,0 +1,84 @@
+"""Sequence classification: a text, or a pair of texts, has one of several labels."""
+
+from typing import Any
+
+import numpy as np
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel
+
+from maha_attn.data.labelled import LabelledSettings, encode, load_labelled
+from maha_attn.data.tokenizer import make_tokenizer
+from maha_attn.evaluation.classification import (
+    ClassificationSettings,
+    classification_scores,
+    confusion,
+)
+from maha_attn.evaluation.predict import predict
+from maha_attn.models import MahaConfig, MahaForSequenceClassification
+from maha_attn.tasks.base import Task, count
+from maha_attn.training.recipe import Recipe
+from maha_attn.training.train import Examples
+
+
+class SequenceClassification(Task):
+    """Labelled texts; accuracy and F1."""
+
+    model_class = MahaForSequenceClassification
+    data_class = LabelledSettings
+    evaluation_class = ClassificationSettings
+    purpose = "text-classification"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        labelled = load_labelled(self.data)
+        self.labels = labelled.labels
+        self.tokenizer = make_tokenizer(
+            self.data.tokenizer, labelled.texts(), recipe.model.vocab_size, framed=True
+        )
+        self.rows = {
+            name: encode(part, self.tokenizer, self.data) for name, part in labelled.parts.items()
+        }
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+
+    def configure(self, config: MahaConfig) -> None:
+        """Name the classes; a classifier sees the whole text."""
+        config.causal = False
+        config.id2label = dict(enumerate(self.labels))
+        config.label2id = {label: i for i, label in enumerate(self.labels)}
+
+    def describe(self) -> str:
+        """Texts by part, and the classes."""
+        texts = count({name: len(rows) for name, rows in self.rows.items()}, "texts")
+        return f"{texts}, labelled {', '.join(self.labels)}"
+
+    def examples(self, model: PreTrainedModel) -> Examples:
+        """A row a text."""
+        return Examples(
+            train=self.rows["train"],
+            validation=self.rows["validation"],
+            tokenizer=self.tokenizer,
+            collator=self.collator,
+            compute_metrics=_metrics,
+        )
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Accuracy, F1 and the confusion matrix."""
+        metrics, confusions = {}, {}
+        for name in self.held_out():
+            rows = self.rows[name]
+            labels = np.array(rows["label"])
+            logits = np.zeros((len(rows), len(self.labels)))
+            outputs = predict(
+                model, rows, self.collator, self.settings.batch_size, f"Classifying {name}"
+            )
+            for chosen, output in outputs:
+                logits[chosen] = output.logits.float().cpu().numpy()
+            metrics[name] = classification_scores(logits, labels)
+            confusions[name] = confusion(logits, labels)
+        return {"metrics": metrics, "labels": self.labels, "confusion": confusions}
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What the Trainer logs and chooses the best model by."""
+    return classification_scores(
+        np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    )

@@ -1,0 +1,130 @@
+"""The model that is trained: new, or with the weights of a run before it, or adapted by LoRA."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
+from maha_attn.training.recipe import LoraSettings
+
+_FREE = {
+    *(option.name for option in fields(PreTrainedConfig)),
+    *("backend", "classifier_pooling", "max_position_embeddings", "use_cache", "causal"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+}
+"""Options in which a model may differ from the one that its weights come from."""
+
+
+def saved_model(folder: str) -> Path:
+    """The folder of the saved model that ``folder``, a run or such a folder itself, means.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for path in (Path(folder) / "model", Path(folder)):
+        if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+            return path
+    raise ValueError(
+        f"pretrained {folder!r} holds no model (config.json and model.safetensors, in it or in "
+        "model/ of it); give the folder of a finished run"
+    )
+
+
+def with_pretrained(options: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The model section of a recipe that starts from a saved model.
+
+    The saved model decides; of ``options`` those count that change no weight's place or meaning.
+    """
+    return {k: v for k, v in options.items() if k in _FREE} | pretrained_options(path)
+
+
+def pretrained_options(path: Path) -> dict[str, Any]:
+    """The options of a saved model that another one must share to take over its weights."""
+    config = MahaConfig.from_pretrained(path)
+    known = {option.name for option in fields(MahaConfig)} - _FREE
+    return {name: getattr(config, name) for name in sorted(known)}
+
+
+def require_same(config: MahaConfig, path: Path) -> None:
+    """Refuse a model whose weights cannot be those of the saved one.
+
+    Raises:
+        ValueError: An option differs.
+    """
+    for name, value in pretrained_options(path).items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"model.{name} is {getattr(config, name)!r} in the recipe and {value!r} in the "
+                f"pretrained model {path}; leave it out"
+            )
+
+
+def set_vocabulary(
+    config: MahaConfig, tokenizer: PreTrainedTokenizerFast, pretrained: Path | None
+) -> None:
+    """Take the size of the vocabulary and the special tokens from the tokenizer.
+
+    Raises:
+        ValueError: The pretrained model has another vocabulary.
+    """
+    if pretrained is not None:
+        require_vocabulary(tokenizer, MahaConfig.from_pretrained(pretrained), pretrained)
+    else:
+        config.vocab_size = len(tokenizer)
+    config.eos_token_id = cast(int, tokenizer.eos_token_id)
+    config.pad_token_id = cast(int, tokenizer.pad_token_id)
+    if isinstance(config, MahaSeq2SeqConfig):
+        config.decoder_start_token_id = cast(int, tokenizer.cls_token_id)
+
+
+def require_vocabulary(
+    tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, path: Path
+) -> None:
+    """Refuse a tokenizer whose tokens are not those of a saved model.
+
+    Raises:
+        ValueError: The number of tokens or the tokens themselves differ.
+    """
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model in {path} has "
+            f"vocab_size {config.vocab_size}; they do not belong together"
+        )
+    own = path / "tokenizer.json"
+    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the tokenizer has other tokens than the model in {path} was trained with; leave "
+            "data.tokenizer out to take the model's own"
+        )
+
+
+def build_model(
+    model_class: type[PreTrainedModel], config: MahaConfig, pretrained: Path | None
+) -> PreTrainedModel:
+    """A new model, with every weight of the saved one that has a place in it."""
+    if pretrained is None:
+        return model_class(config)
+    return model_class.from_pretrained(pretrained, config=config, use_safetensors=True)
+
+
+def adapt(model: PreTrainedModel, settings: LoraSettings) -> Any:
+    """Wrap a model so that low-rank updates of its projections, and its head, are trained alone."""
+    from peft import LoraConfig, get_peft_model
+
+    head = [
+        name
+        for name, module in model.named_children()
+        if module is not model.base_model and module is not model.get_output_embeddings()
+    ]
+    config = LoraConfig(
+        r=settings.rank or 0,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+        exclude_modules=head,
+        modules_to_save=head,
+    )
+    return get_peft_model(model, config)
