@@ -42,6 +42,8 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
             harnesses read it; positions are rotary, so nothing in the model ends there.
         initializer_range: Standard deviation of new projections and embeddings.
         tie_word_embeddings: Share the input embedding with the output projection.
+        loss_chunk: Compute the loss of training this many tokens at a time, and return no logits
+            with it: for vocabularies whose logits do not fit the memory. None: all at once.
         use_cache: Return a decoding cache outside training (causal models).
         classifier_pooling: What a sequence classifier sees: the ``mean`` of the real tokens, the
             ``first`` or the ``last`` of them; None means ``last`` in a causal model, ``mean`` in a
@@ -70,6 +72,7 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    loss_chunk: int | None = None
     use_cache: bool = True
     classifier_pooling: Literal["mean", "first", "last"] | None = None
     pad_token_id: int | None = None
@@ -83,6 +86,8 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk must be at least 1, got {self.loss_chunk}")
         self.validate_layer_type()
         for layer_idx in range(self.num_hidden_layers):
             self.attention_spec(layer_idx)

@@ -9,6 +9,7 @@ import copy
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
@@ -17,6 +18,7 @@ from maha_attn.models.cache import MahaCache
 from maha_attn.models.configuration import MahaConfig
 from maha_attn.models.generation import MahaGenerationMixin
 from maha_attn.models.outputs import MahaLMOutput
+from maha_attn.ops.cross_entropy import IGNORED, linear_cross_entropy
 
 
 class MahaLanguageModel(MahaPreTrainedModel):
@@ -103,8 +105,20 @@ def predict(
     labels: Tensor | None,
     logits_to_keep: int | Tensor,
     **kwargs: Any,
-) -> tuple[Tensor | None, Tensor]:
-    """Loss and logits of a model with an ``lm_head``, as its ``forward`` describes them."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Loss and logits of a model with an ``lm_head``, as its ``forward`` describes them.
+
+    While training with ``config.loss_chunk`` there are no logits, and the loss never holds more
+    than so many rows of them.
+    """
+    if labels is not None and model.training and model.config.loss_chunk is not None:
+        if model.loss_type == "ForCausalLM":
+            labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
+        total, count = linear_cross_entropy(
+            hidden_states, model.lm_head.weight, labels, model.config.loss_chunk
+        )
+        shared = kwargs.get("num_items_in_batch")
+        return total / (count if shared is None else shared), None
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = model.lm_head(hidden_states[:, keep])
     if labels is None:

@@ -12,7 +12,14 @@ from maha_attn.training.recipe import LoraSettings
 
 _FREE = {
     *(option.name for option in fields(PreTrainedConfig)),
-    *("backend", "classifier_pooling", "max_position_embeddings", "use_cache", "causal"),
+    *(
+        "backend",
+        "classifier_pooling",
+        "max_position_embeddings",
+        "use_cache",
+        "loss_chunk",
+        "causal",
+    ),
     *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
 }
 """Options in which a model may differ from the one that its weights come from."""
