@@ -200,6 +200,8 @@ def _take(rows: Dataset, columns: dict[str, str], source: str) -> Dataset:
                 f"{source} has no column {column!r} (data.columns.{name}); it has "
                 f"{', '.join(rows.column_names)}"
             )
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"data.columns must name different columns, got {columns}")
     rows = rows.select_columns(list(columns.values()))
     for column, kind in rows.features.items():
         if kind == Value("large_string"):  # of a CSV file; JSON's and the hub's are strings

@@ -1,0 +1,186 @@
+"""Runs: from a pretrained model, with several seeds, by LoRA, stopped early; what cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from maha_attn.cli import main
+from maha_attn.data.tokenizer import train_tokenizer
+from maha_attn.tasks import runs
+
+from .conftest import Mistake, Train
+
+PRETRAINED = ("--pretrained", "runs/mlm")
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(train: Train, tmp_path: Path) -> None:
+    train("sst.yaml", *PRETRAINED, "--train.learning_rate=0")
+    before = load_file("runs/mlm/model/model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    carried = [name for name in before if name.startswith("model.")]
+    assert carried
+    assert set(after) - set(carried) == {"score.weight"}
+    for name in carried:
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_the_pretrained_model_takes_the_place_of_the_recipes(train: Train, tmp_path: Path) -> None:
+    train("ende.yaml")  # its recipe alone
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "pretrained: null" in recipe
+    train("sst.yaml", "--overwrite", *PRETRAINED)
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
+    assert config["causal"] is False
+    tokenizer = (tmp_path / "run" / "model" / "tokenizer.json").read_text()
+    assert tokenizer == Path("runs/mlm/model/tokenizer.json").read_text()
+
+
+def test_saved_classifier_works_in_a_pipeline(train: Train, tmp_path: Path) -> None:
+    train("sst.yaml", "--data.labels=[negative,positive]")
+    folder = str(tmp_path / "run" / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    classify = pipeline("text-classification", model=model, tokenizer=folder, device="cpu")
+    (found,) = classify("good film")  # pyright: ignore
+    assert found["label"] in ("negative", "positive")
+
+
+def test_seeds_give_runs_and_a_summary(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("sst.yaml", "--seeds=1,2,3")
+    folder = tmp_path / "run"
+    metrics = [
+        json.loads((folder / f"seed-{s}" / "evaluation.json").read_text())["metrics"]
+        for s in (1, 2, 3)
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["seeds"] == [1, 2, 3]
+    found = summary["metrics"]["validation"]["accuracy"]
+    values = torch.tensor([m["validation"]["accuracy"] for m in metrics])
+    assert found["values"] == values.tolist()
+    assert found["mean"] == pytest.approx(values.mean().item())
+    assert found["std"] == pytest.approx(values.std().item())
+    assert "Mean and standard deviation over seeds 1, 2, 3" in capsys.readouterr().out
+    weights = [
+        load_file(folder / f"seed-{s}/model/model.safetensors")["score.weight"] for s in (1, 2)
+    ]
+    assert not torch.equal(*weights)
+    # What is finished is kept, what is missing is made.
+    (folder / "seed-1" / "marker").touch()
+    train("sst.yaml", "--seeds=1,4", "--resume")
+    assert (folder / "seed-1" / "marker").exists()
+    assert json.loads((folder / "summary.json").read_text())["seeds"] == [1, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
+def test_lora_trains_updates_and_the_head_alone(train: Train, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    train("sst.yaml", *PRETRAINED, "--lora.rank=2", "--train.learning_rate=0.1")
+    before = load_file("runs/mlm/model/model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert set(after) == {name for name in before if name.startswith("model.")} | {"score.weight"}
+    changed = {
+        name for name in before if name in after and not torch.equal(before[name], after[name])
+    }
+    projections = {name for name in before if name.endswith("_proj.weight") or "_proj." in name}
+    assert changed == projections
+    for name in changed:  # at most rank 2
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all("lora_" in name or "score" in name for name in checkpoint)
+
+
+def test_stopping_early(train: Train, tmp_path: Path) -> None:
+    train(
+        "sst.yaml",
+        *("--train.max_steps=50", "--train.learning_rate=0", "--train.early_stopping_patience=2"),
+        *("--train.eval_strategy=steps", "--train.eval_steps=1", "--train.save_steps=1"),
+        *("--train.load_best_model_at_end=true", "--train.metric_for_best_model=accuracy"),
+    )
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # its name in 5.17
+def test_what_training_can_do(train: Train) -> None:
+    found = train(
+        "sst.yaml",
+        *("--train.gradient_accumulation_steps=2", "--train.gradient_checkpointing=true"),
+        *("--train.bf16=true", "--train.lr_scheduler_type=linear", "--train.warmup_steps=1"),
+    )
+    assert 0 <= found["metrics"]["validation"]["accuracy"] <= 100
+
+
+def test_translating_a_prompt(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = train("ende.yaml")
+    assert "bleu" in found["metrics"]["validation"]
+    assert found["signatures"]["bleu_signature"].startswith("nrefs:1|")
+    capsys.readouterr()
+    main(["generate", str(tmp_path / "run"), "a dog 3", "--num_beams=2"])
+    assert "a dog 3" not in capsys.readouterr().out
+
+
+def test_a_classifier_writes_no_text(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("sst.yaml")
+    with pytest.raises(SystemExit):
+        main(["generate", str(tmp_path / "run"), "a film"])
+    assert "pipeline('text-classification'" in capsys.readouterr().err
+
+
+def test_model_and_tokenizer_of_a_run_belong_together(train: Train, tmp_path: Path) -> None:
+    train("sst.yaml")
+    run = runs.RunFolder(tmp_path / "run")
+    train_tokenizer(["other text"], 270, framed=True).save_pretrained(run.model)
+    with pytest.raises(
+        ValueError, match=r"tokenizer has \d+ tokens and the model in .* they do not"
+    ):
+        runs.load_model(run)
+
+
+def other_tokenizer(folder: Path, vocab_size: int) -> str:
+    train_tokenizer(["xyxy zwzw " * 50], vocab_size, framed=True).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_that_is_not_the_pretrained_models(mistake: Mistake, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other", 264)
+    line = mistake("sst.yaml", *PRETRAINED, f"--data.tokenizer={other}")
+    assert "the tokenizer has 264 tokens and the model in runs/mlm/model has vocab_size" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sst.yaml --pretrained nowhere", "pretrained 'nowhere' holds no model"),
+        ("sst.yaml --pretrained runs/mlm --model.hidden_size=64", "model.hidden_size is 64 in the"),
+        (
+            "sst.yaml --data.columns.text=sentence",
+            "sst.jsonl (data.train) has no column 'sentence'",
+        ),
+        ("sst.yaml --data.labels=[bad,good,fine] --data.max_length=4", "sst.jsonl, row 3: has 6"),
+        ("sst.yaml --data.validation=book.txt", "book.txt (data.validation) has no column 'label'"),
+        ("sst.yaml --data.columns.label=text", "data.columns must name different columns"),
+        ("sst.yaml --variant=gpu", "no variant 'gpu'; there are none"),
+        ("sst.yaml --seeds=a", "invalid"),
+        ("mlm.yaml --data.mask_probability=x", "data.mask_probability"),
+        ("ende.yaml --data.limit=0", "data.limit must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(
+    mistake: Mistake, arguments: str, message: str
+) -> None:
+    assert message in mistake(*arguments.split())
+
+
+def test_unknown_task(mistake: Mistake, place: Path) -> None:
+    (place / "bad.yaml").write_text("task: parsing\ndata: {train: a}")
+    assert "task must be one of language_modeling, masked" in mistake("bad.yaml")
