@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from maha_attn.layers import decoding
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.fusion import ScaleFusion
+from maha_attn.layers.padding import check_tokens, to_front, to_places
 from maha_attn.layers.projection import autocast, project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.layers.stem import stem
@@ -97,14 +98,10 @@ class MultiscaleAttention(nn.Module):
         """
         self._check(x, padding_mask, cache)
         x = autocast(x)
-        lengths = order = None
+        lengths = places = None
         if padding_mask is not None:
             lengths = padding_mask.sum(1)
-            x = torch.where(padding_mask[..., None], x, 0)
-            if x.shape[1] > 1:
-                # Stable: the real tokens move to the front of their row, in order.
-                order = torch.sort(~padding_mask, dim=1, stable=True).indices
-                x = _take(x, order)
+            x, places = to_front(x, padding_mask)
         if cache is None or cache.is_empty:
             output, info = self._full(x, lengths, cache, certified=return_info)
         else:
@@ -113,10 +110,8 @@ class MultiscaleAttention(nn.Module):
             cache.seen += x.shape[1]
         y = self.out_proj(output)
         if padding_mask is not None:
-            if order is not None:
-                inverse = torch.argsort(order, dim=1)
-                y, info = _take(y, inverse), info and _unpack(info, inverse)
-            y = torch.where(padding_mask[..., None], y, 0)
+            y = to_places(y, places, padding_mask)
+            info = info if info is None or places is None else _unpack(info, places)
             info = info and _only_real(info, padding_mask)
         if not return_info:
             return y
@@ -286,24 +281,7 @@ class MultiscaleAttention(nn.Module):
         return weights, residual, None if fused.status is None else fused.status.expand(shape)
 
     def _check(self, x: Tensor, padding_mask: Tensor | None, cache: AttentionCache | None) -> None:
-        width = self.spec.hidden_size
-        if x.dim() != 3 or x.shape[-1] != width:
-            raise ValueError(f"x must have shape [B, N, {width}], got {list(x.shape)}")
-        if x.shape[1] == 0:
-            raise ValueError(f"x must have at least one token, got shape {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point, got {x.dtype}; embed token ids first")
-        if padding_mask is not None:
-            if padding_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"padding_mask must be boolean (True = real token), got {padding_mask.dtype}; "
-                    "use mask.bool()"
-                )
-            if padding_mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"padding_mask must have shape {list(x.shape[:2])} as x has, got "
-                    f"{list(padding_mask.shape)}"
-                )
+        check_tokens(x, padding_mask, self.spec.hidden_size)
         if cache is not None:
             if not self.spec.causal:
                 raise ValueError(
@@ -316,17 +294,12 @@ class MultiscaleAttention(nn.Module):
         return repr(self.spec)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, index[b, n]]`` for ``x`` ``[B, N, D]``."""
-    return torch.take_along_dim(x, index[..., None], 1)
-
-
-def _unpack(fused: Fused, inverse: Tensor) -> Fused:
+def _unpack(fused: Fused, places: Tensor) -> Fused:
     """Bring per-token results ``[B, H, N, …]`` back to where the tokens stood."""
 
     def move(x: Tensor) -> Tensor:
-        x = x.expand(*x.shape[:2], inverse.shape[1], *x.shape[3:])
-        return torch.take_along_dim(x, _per_token(inverse, x), 2)
+        x = x.expand(*x.shape[:2], places.shape[1], *x.shape[3:])
+        return torch.take_along_dim(x, _per_token(places, x), 2)
 
     return _each(fused, move)
 

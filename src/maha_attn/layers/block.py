@@ -35,6 +35,7 @@ class MahaBlock(nn.Module):
 
     Args:
         spec: The attention's options.
+        attention: A layer with `MultiscaleAttention`'s interface; None: that of ``spec``.
         intermediate_size: Width of the feed-forward.
         norm: ``pre`` or ``post``.
         norm_eps: Added to the mean square in the RMS normalisations.
@@ -47,6 +48,7 @@ class MahaBlock(nn.Module):
         self,
         spec: AttentionSpec,
         *,
+        attention: nn.Module | None = None,
         intermediate_size: int,
         norm: str = "pre",
         norm_eps: float = 1e-6,
@@ -58,7 +60,7 @@ class MahaBlock(nn.Module):
             raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.pre_norm = norm == "pre"
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=norm_eps)
-        self.attention = MultiscaleAttention(spec)
+        self.attention = MultiscaleAttention(spec) if attention is None else attention
         self.feed_forward_norm = nn.RMSNorm(spec.hidden_size, eps=norm_eps)
         self.feed_forward = FeedForward(spec.hidden_size, intermediate_size, bias=spec.bias)
 

@@ -15,9 +15,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
+from maha_attn.baselines.registry import build_attention
 from maha_attn.layers.block import MahaBlock
-from maha_attn.layers.fusion import ScaleFusion
-from maha_attn.layers.pyramid import ScalePyramid
 from maha_attn.models.cache import MahaCache
 from maha_attn.models.configuration import MahaConfig
 from maha_attn.models.outputs import MahaModelOutput
@@ -42,13 +41,14 @@ class MahaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal projections and embeddings; the pyramid and fusion have values of their own."""
-        if not isinstance(module, ScalePyramid | ScaleFusion):
+        """Normal projections and embeddings; what else has parameters has values of its own."""
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None or isinstance(module, nn.Linear | nn.Embedding):
             super()._init_weights(module)
             return
         loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
         values = [p.clone() for p in loaded]
-        module.reset_parameters()
+        reset()
         for parameter, value in zip(loaded, values, strict=True):
             parameter.copy_(value)
 
@@ -77,6 +77,7 @@ class MahaModel(MahaPreTrainedModel):
         self.layers = nn.ModuleList(
             self.layer_class(
                 config.attention_spec(layer_idx),
+                attention=_attention(config, layer_idx),
                 intermediate_size=config.intermediate_size,
                 norm=config.norm,
                 norm_eps=config.rms_norm_eps,
@@ -166,7 +167,8 @@ class MahaModel(MahaPreTrainedModel):
         """The cache to fill: the one given, a new one, or none."""
         if cache is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and self.config.causal and not self.training
+                possible = self.config.causal and not self.config.uncached_layer_types
+                use_cache = self.config.use_cache and possible and not self.training
             if not use_cache:
                 return None
             cache = MahaCache(self.config)
@@ -180,6 +182,16 @@ class MahaModel(MahaPreTrainedModel):
                 "each layer twice; call model.eval() first to generate"
             )
         return cache
+
+
+def _attention(config: MahaConfig, layer_idx: int) -> nn.Module:
+    """The attention that ``config.layer_types`` chooses."""
+    return build_attention(
+        config.layer_type(layer_idx),
+        config.attention_spec(layer_idx),
+        max_length=config.max_position_embeddings,
+        layer_idx=layer_idx,
+    )
 
 
 def refuse(kwargs: dict[str, Any], config: MahaConfig) -> None:

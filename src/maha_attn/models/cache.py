@@ -21,11 +21,18 @@ class MahaCache(Cache):
     Args:
         config: Of the model that will fill the cache.
         capacity: Tokens to hold room for from the start.
+
+    Raises:
+        ValueError: A layer's attention has no decoding cache.
     """
 
     layers: list[AttentionCache]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: "MahaConfig", capacity: int = 0) -> None:
+        if names := sorted(set(config.uncached_layer_types)):
+            raise ValueError(
+                f"use_cache must be False: {', '.join(names)} (layer_types) has no decoding cache"
+            )
         specs = [config.attention_spec(i) for i in range(config.num_hidden_layers)]
         super().__init__(layers=[AttentionCache(spec, capacity) for spec in specs])  # pyright: ignore[reportArgumentType]
 

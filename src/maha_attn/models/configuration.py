@@ -1,14 +1,13 @@
 """Configuration of the models: AttentionSpec's options, flat, beside Hugging Face's own."""
 
-from dataclasses import field, fields, make_dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import field, fields, make_dataclass
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from maha_attn.baselines.registry import ATTENTIONS, layer_spec
 from maha_attn.spec import AttentionSpec
-
-LayerType = Literal["maha", "full", "sliding"]
 
 _OPTIONS = [f for f in fields(AttentionSpec) if f.name not in ("hidden_size", "num_heads")]
 # Typed Any, so that the values reach AttentionSpec and its own messages come back.
@@ -33,13 +32,14 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
         intermediate_size: Inner width of the feed-forward part (SwiGLU).
         num_hidden_layers: Blocks.
         num_attention_heads: Heads ``H`` of every attention layer.
-        layer_types: Per layer ``maha``, ``full`` (full attention) or ``sliding`` (a sliding window
-            of ``window`` tokens); None means ``maha`` everywhere. ``full`` and ``sliding`` are the
-            same layer with one scale, so hybrids and baselines share everything else.
+        layer_types: Per layer a name of `maha_attn.baselines.ATTENTIONS`: ``maha``, ``full`` (full
+            attention), ``sliding`` (a sliding window of ``window`` tokens), or a baseline; None
+            means ``maha`` everywhere. All share everything but the attention.
         norm: ``pre``: normalise before attention and feed-forward; ``post``: after each residual.
         rms_norm_eps: Added to the mean square in the normalisations.
         max_position_embeddings: Longest sequence meant for the model. Tokenizers and evaluation
-            harnesses read it; positions are rotary, so nothing in the model ends there.
+            harnesses read it; positions are rotary, so nothing in the model ends there, but for
+            the baselines that have a length (`Attention.any_length`).
         initializer_range: Standard deviation of new projections and embeddings.
         tie_word_embeddings: Share the input embedding with the output projection.
         loss_chunk: Compute the loss of training this many tokens at a time, and return no logits
@@ -99,19 +99,25 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
             num_heads=self.num_attention_heads,
             **{f.name: getattr(self, f.name) for f in _OPTIONS},
         )
-        layer_type = "maha" if self.layer_types is None else self.layer_types[layer_idx]
-        if layer_type == "maha":
-            return spec
-        return replace(spec, num_scales=1, preset="paper" if layer_type == "full" else "window")
+        return layer_spec(self.layer_type(layer_idx), spec)
+
+    def layer_type(self, layer_idx: int) -> str:
+        """The name of one layer's attention."""
+        return "maha" if self.layer_types is None else self.layer_types[layer_idx]
+
+    @property
+    def uncached_layer_types(self) -> list[str]:
+        """The layers' attentions that have no decoding cache."""
+        return [name for name in self.layer_types or [] if not ATTENTIONS[name].cache]
 
     def validate_layer_type(self) -> None:
         """Check ``layer_types`` (the base class knows other names)."""
         if self.layer_types is None:
             return
-        known = get_args(LayerType)
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(known):
+        unknown = set(self.layer_types) - set(ATTENTIONS)
+        if len(self.layer_types) != self.num_hidden_layers or unknown:
             raise ValueError(
-                f"layer_types must hold one of {', '.join(known)} for each of the "
+                f"layer_types must hold one of {', '.join(ATTENTIONS)} for each of the "
                 f"{self.num_hidden_layers} layers (num_hidden_layers), got {self.layer_types}"
             )
 
