@@ -69,6 +69,7 @@ Prints a table and writes a result file with everything needed to repeat it.
   maha bench ops        attention and fusion from Q, K, V, against full and windowed attention
   maha bench layer      the whole layer, from tokens to tokens
   maha bench decode     one more token by the cache of a long past, against full attention
+  maha bench cost       every attention and length: FLOPs, time, throughput, memory
   maha bench qp         the fusion solver: `speed`, or `certificates` of a million problems a set
 
 examples:
@@ -181,11 +182,12 @@ def bench(arguments: list[str]) -> None:
     """``maha bench``."""
     parser = argparse.ArgumentParser(
         prog="maha bench",
-        usage="maha bench {ops,layer,decode,qp} ...",
+        usage="maha bench {ops,layer,decode,cost,qp} ...",
         description=BENCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("ops", "layer", "decode", "qp"), help=argparse.SUPPRESS)
+    kinds = ("ops", "layer", "decode", "cost", "qp")
+    parser.add_argument("what", choices=kinds, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments[:1])
     module = importlib.import_module(f"maha_attn.bench.{chosen.what}")
     module.main(arguments[1:])

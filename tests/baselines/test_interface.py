@@ -137,9 +137,9 @@ def test_every_limit_has_a_reason():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_full_and_materialised_are_the_same_function(causal):
-    full = build("full", causal=causal)
-    other = build("materialised", causal=causal)
+@pytest.mark.parametrize("name", ["sdpa", "materialised"])
+def test_full_attentions_are_the_same_function(name, causal):
+    full, other = build("full", causal=causal), build(name, causal=causal)
     assert isinstance(full, MultiscaleAttention)
     for mine, theirs in ((full.q_proj[0], other.q_proj), (full.k_proj[0], other.k_proj)):
         theirs.load_state_dict(mine.state_dict())

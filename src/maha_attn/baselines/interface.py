@@ -77,7 +77,9 @@ class BaselineAttention(nn.Module):
                 f"padding_mask must mark every token: {type(self).__name__} would count padding as "
                 "tokens; give it rows of one length"
             )
-        if not self.registered.autocast and torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast and not self.registered.autocast:
             raise ValueError(
                 f"autocast must be off: {type(self).__name__}'s library ({self.registered.source}) "
                 "breaks under it; train in fp32, or convert the model: model.bfloat16()"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import warnings
 
 import torch
@@ -27,6 +28,7 @@ class Performer(BaselineAttention):
 
     def __init__(self, spec: AttentionSpec, *, max_length: int, layer_idx: int) -> None:
         super().__init__(spec)
+        self.num_features = int(spec.head_dim * math.log(spec.head_dim))
         # On the CPU, whatever the context: the features come out of a QR decomposition there.
         # Printed: that the CUDA extension is missing.
         with torch.device("cpu"), contextlib.redirect_stdout(io.StringIO()):
@@ -35,6 +37,7 @@ class Performer(BaselineAttention):
                 heads=spec.num_heads,
                 dim_head=spec.head_dim,
                 causal=spec.causal,
+                nb_features=self.num_features,
                 generalized_attention=self.relu_features,
             )
         self.library.to_q, self.library.to_k = RotaryProjection(spec), RotaryProjection(spec)
@@ -44,15 +47,14 @@ class Performer(BaselineAttention):
         """As `BaselineAttention.attend`."""
         return self.library(x, mask=real)
 
-    def attention_flops(self, length: int) -> int | None:
-        """Bidirectional, ``m`` features: ``8·D·N·m``, two passes through features and two sums.
+    def attention_flops(self, length: int) -> int:
+        """``8·D·N·m``, ``m`` features: ``φ(Q)``, ``φ(K)``, sums of ``φ(K)ᵀ V``, ``φ(Q)`` on them.
 
-        And ``2·H·N·m`` for the normaliser.
+        Outer products and running sums of the causal form are as many. And ``2·H·N·m`` for the
+        normaliser.
         """
-        if self.spec.causal:
-            return None
-        features = int(self.library.fast_attention.nb_features)
-        return length * features * (8 * self.spec.hidden_size + 2 * self.spec.num_heads)
+        per_feature = 8 * self.spec.hidden_size + 2 * self.spec.num_heads
+        return length * self.num_features * per_feature
 
 
 class ReluPerformer(Performer):

@@ -49,7 +49,7 @@ class Reformer(BaselineAttention):
     def attend(self, x: Tensor, real: Tensor | None) -> Tensor:
         """As `BaselineAttention.attend`."""
         length = x.shape[1]
-        if length > self.chunk:
+        if length > self.chunk and (length % self.chunk or real is not None):
             x, real = pad_to_multiple(x, real, self.chunk)
         self.library.num_buckets = None  # Of this length, not of the first one seen.
         y = self.library(x, attention_mask=real).hidden_states

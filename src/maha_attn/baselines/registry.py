@@ -88,10 +88,19 @@ _OURS = {"module": "maha_attn.layers.attention:MultiscaleAttention", "cache": Tr
 
 ATTENTIONS: dict[str, Attention] = {
     "maha": Attention(source="maha-attn", **_OURS),
-    "full": Attention(source="PyTorch scaled_dot_product_attention", **_OURS),
+    "full": Attention(
+        source="maha-attn, one full scale",
+        note="PyTorch's scaled_dot_product_attention without kernels",
+        **_OURS,
+    ),
     "sliding": Attention(source="maha-attn, its finest scale alone", **_OURS),
+    "sdpa": Attention(
+        module="maha_attn.baselines.full:SdpaAttention",
+        source="PyTorch scaled_dot_product_attention",
+        note="full attention; by cuDNN, else flash, on a GPU",
+    ),
     "materialised": Attention(
-        module="maha_attn.baselines.materialised:MaterialisedAttention",
+        module="maha_attn.baselines.full:MaterialisedAttention",
         source="own code",
         note="full attention that forms its N × N matrices",
     ),

@@ -1,15 +1,21 @@
 """Attention's cost in query-key pairs and FLOPs: closed form, and executed (formulation §8).
 
+For MAHA's layer in detail (`attention_cost`), for every registered attention alike (`count`).
+
 *Visible* pairs are those that the definition lets a query see. *Executed* is what torch's own
 counter says of the operators that run, edge blocks and all; counted on the ``meta`` device, where
 shapes run and numbers don't, so any length costs nothing.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maha_attn.baselines import ATTENTIONS, build_attention
+from maha_attn.baselines.registry import layer_spec
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.ops.pyramid import coarse_length
 from maha_attn.ops.scale_attention import scale_attention
@@ -70,6 +76,54 @@ def attention_cost(spec: AttentionSpec, length: int) -> AttentionCost:
         full_attention_flops=per_pair * length**2,
         layer_flops=counter.get_total_flops(),
     )
+
+
+@dataclass(frozen=True)
+class Count:
+    """Forward FLOPs of one row, of any registered attention; a multiply-add is 2.
+
+    Attributes:
+        attention_flops: Executed, beside the layer's projections, pyramid and fusion: of full
+            attention QKᵀ and PV.
+        layer_flops: Executed, of the whole layer.
+        closed_form_flops: Of the attention, by its definition; None where it has no closed form.
+    """
+
+    attention_flops: int
+    layer_flops: int
+    closed_form_flops: int | None
+
+
+def count(name: str, spec: AttentionSpec, length: int) -> Count:
+    """Count a layer of the attention ``name`` on the ``meta`` device, in evaluation.
+
+    The counter sees matrix products, convolutions and scaled-dot-product attention; not sums,
+    scans, triangular systems, nor kernels from elsewhere.
+
+    Raises:
+        ModuleNotFoundError, ValueError: As `build_attention`.
+    """
+    spec = layer_spec(name, spec)
+    if ATTENTIONS[name].cache:
+        cost = attention_cost(spec, length)
+        closed_form = 4 * spec.hidden_size * cost.visible_pairs
+        return Count(cost.attention_flops, cost.layer_flops, closed_form)
+    with torch.device("meta"):
+        layer: Any = build_attention(name, spec, max_length=length).to("meta").eval()
+        x = torch.empty(1, length, spec.hidden_size)
+    projections = 0
+
+    def add(module: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal projections
+        projections += 2 * output.numel() * cast(nn.Linear, module).in_features
+
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(add)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    total = counter.get_total_flops()
+    return Count(total - projections, total, layer.attention_flops(length))
 
 
 def visible_pairs(spec: AttentionSpec, length: int) -> int:

@@ -6,7 +6,9 @@ machine disturbs all. A spread is half the distance of the quartiles. Ceilings a
 """
 
 import argparse
+import ctypes
 import json
+import math
 import os
 import platform
 import statistics
@@ -73,23 +75,30 @@ def alternate(
     device: torch.device,
     rounds: int = 20,
     warmup: int = 3,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Time the sides in turn, ``rounds`` times each after ``warmup`` untimed rounds.
+
+    A side that has taken ``seconds`` in all takes part in no further round after its first.
 
     On a GPU by events around each call. Before each, the device pauses for twice the time that the
     host needs to issue the call, so that the device never waits for the host within it; the host's
     time is measured beside the device's.
     """
     clock = _device_clock if device.type == "cuda" else _host_clock
-    pauses = {}
+    pauses, spent = {}, dict.fromkeys(sides, 0.0)
     for _ in range(warmup):
         for name, run in sides.items():
-            _, issued = clock(run, device, 0.0)
+            elapsed, issued = clock(run, device, 0.0)
             pauses[name] = 1 + 2 * issued
+            spent[name] += elapsed / 1e3
     readings = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
+            if readings[name] and spent[name] > seconds:
+                continue
             readings[name].append(clock(run, device, pauses[name]))
+            spent[name] += readings[name][-1][0] / 1e3
     return {name: _timing(pairs) for name, pairs in readings.items()}
 
 
@@ -127,15 +136,33 @@ def _timing(readings: list[tuple[float, float]]) -> Timing:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory allocated while ``run`` runs, beyond what was allocated before; None on a CPU."""
+    """Most memory allocated while ``run`` runs, beyond what was allocated before.
+
+    On a CPU the process's resident memory, where Linux tells its peak; None elsewhere.
+    """
     if device.type != "cuda":
-        return None
+        return _host_peak_bytes(run)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _host_peak_bytes(run: Callable[[], object]) -> int | None:
+    process = Path("/proc/self")
+    if not (process / "clear_refs").exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # What was freed and kept would hide what is allocated.
+    (process / "clear_refs").write_text("5")  # Begin the peak anew (man 5 proc).
+
+    def kilobytes(name: str) -> int:
+        return int((process / "status").read_text().split(f"{name}:")[1].split()[0])
+
+    before = kilobytes("VmRSS")
+    run()
+    return max(kilobytes("VmHWM") - before, 0) * 1024
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

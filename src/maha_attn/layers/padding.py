@@ -38,8 +38,8 @@ def to_front(x: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Move the real tokens to the front of their rows, in order; zeros behind them.
 
     Returns:
-        ``x`` ``[B, N, D]``, and ``places`` ``[B, N]``: where each token stands now; None for rows of
-        one token, which stands where it stood.
+        ``x`` ``[B, N, D]``, and ``places`` ``[B, N]``: where each token stands now; None where a
+        row is one token.
     """
     x = torch.where(padding_mask[..., None], x, 0)
     if x.shape[1] == 1:
