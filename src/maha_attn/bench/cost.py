@@ -12,8 +12,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +22,11 @@ from torch import nn
 
 from maha_attn.baselines import ATTENTIONS, build_attention, obstacle
 from maha_attn.baselines.registry import layer_spec
+from maha_attn.bench.cost_table import cost_table, growth_table
 from maha_attn.bench.flops import count, visible_pairs
 from maha_attn.bench.limits import limited_memory, limited_time
 from maha_attn.bench.measure import DTYPES, Side, alternate, ceilings, peak_bytes, provenance
+from maha_attn.bench.progress import Steps, progress
 from maha_attn.spec import AttentionSpec
 
 HELP = """\
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     document: dict[str, Any] = provenance(command, settings, device)
     timed = options.what != "flops"
     rows: list[Row] = []
-    with limited_memory(options.memory, device), _progress(options) as step:
+    steps = len(options.attentions) * (2 if timed else 1) + (2 if timed else 0)
+    steps *= len(options.directions) * len(options.lengths)
+    with limited_memory(options.memory, device), progress(steps) as step:
         if timed:
             document["ceilings"] = ceilings(device, DTYPES[options.dtype])
         for direction in options.directions:
@@ -61,11 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
             for length in options.lengths:
                 measured = bench.measure(length)
                 rows += measured
-                print(f"\n{direction}, N = {length}\n{_table(measured)}", flush=True)
+                print(f"\n{direction}, N = {length}\n{cost_table(measured)}", flush=True)
     document["rows"] = rows
     if timed:
         document["growth"] = growth(rows)
-        print(f"\nlog time against log N from {LONG} tokens on: slope\n{_growth_table(document)}")
+        print(f"\nSlope of log time against log N from {LONG} tokens on")
+        print(growth_table(document["growth"]))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False, default=asdict)
     options.output.write_text(text + "\n", encoding="utf-8")
@@ -85,7 +88,7 @@ class Bench:
 
     options: argparse.Namespace
     causal: bool
-    step: "Step"
+    step: Steps
     stopped: dict[str, str] = field(default_factory=dict)
 
     def measure(self, length: int) -> list[Row]:
@@ -252,36 +255,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].strip()
 
 
-class Step:
-    """Counts the steps of a run, and shows where it is."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            auto_refresh=False,  # No thread of its own beside what is timed.
-            transient=True,
-        )
-        self.task = self.bar.add_task("", total=total)
-
-    def __call__(self, description: str) -> None:
-        """Begin the next step."""
-        self.bar.update(self.task, description=description, advance=1, refresh=True)
-
-
-@contextmanager
-def _progress(options: argparse.Namespace) -> Iterator[Step]:
-    each = len(options.attentions) * (1 if options.what == "flops" else 2) + 2
-    step = Step(len(options.directions) * len(options.lengths) * each)
-    with step.bar:
-        yield step
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="maha bench cost",
@@ -332,52 +305,6 @@ def _lengths(text: str) -> list[int]:
     if lengths[0] < 1:
         raise argparse.ArgumentTypeError(f"lengths must be at least 1, got {lengths[0]}")
     return lengths
-
-
-def _table(rows: list[Row]) -> str:
-    """One line an attention; below, those without numbers, and why.
-
-    GFLOP executed, saved against full, by closed form; visible pairs saved; memory of training,
-    saved against materialised; what the attention cannot do.
-    """
-    header = ["attn GFLOP", "saved", "closed", "visible", "layer"]
-    header += ["fwd ms", "fwd+bwd", "±", "seq/s", "MiB", "saved"]
-    lines = [" " * 16 + "".join(f"{cell:>11}" for cell in header) + "  limits"]
-    reasons = []
-    for row in rows:
-        train = row.get("train", {})
-        cells = [
-            _number(row.get("attention_flops"), 1e-9),
-            _number(row.get("attention_flops_saved"), 100, "%"),
-            _number(row.get("closed_form_flops"), 1e-9),
-            _number(row.get("visible_pairs_saved"), 100, "%"),
-            _number(row.get("layer_flops"), 1e-9),
-            _number(row.get("forward", {}).get("median_ms")),
-            _number(train.get("median_ms")),
-            _number(train.get("spread_ms")),
-            _number(row.get("train_sequences_per_s")),
-            _number(row.get("train_peak_bytes"), 2**-20),
-            _number(row.get("train_peak_bytes_saved"), 100, "%"),
-        ]
-        if any(cell != "–" for cell in cells):
-            line = row["attention"].ljust(16) + "".join(f"{cell:>11}" for cell in cells)
-            lines.append(f"{line}  {row['limits']}".rstrip())
-        if reason := row.get("skipped") or row.get("not_counted"):
-            reasons.append(f"{row['attention']}: {reason[:120]}")
-    return "\n".join(lines + reasons)
-
-
-def _number(value: float | None, factor: float = 1, unit: str = "") -> str:
-    return "–" if value is None else f"{factor * value:,.2f}{unit}"
-
-
-def _growth_table(document: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{row['attention']:16}{'causal' if row['causal'] else 'bidirectional':14}"
-        f"forward {_number(row['forward'])}, forward + backward {_number(row['train'])}"
-        for row in document["growth"]
-        if row["train"] is not None
-    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maha_attn.baselines import ATTENTIONS, build_attention
-from maha_attn.baselines.registry import layer_spec
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.ops.pyramid import coarse_length
 from maha_attn.ops.scale_attention import scale_attention
@@ -80,15 +79,17 @@ def attention_cost(spec: AttentionSpec, length: int) -> AttentionCost:
 
 @dataclass(frozen=True)
 class Count:
-    """Forward FLOPs of one row, of any registered attention; a multiply-add is 2.
+    """Size of any registered attention's layer, and its forward FLOPs for one row.
 
     Attributes:
+        parameters: Of the layer; linformer's grow with the length that it is made for.
         attention_flops: Executed, beside the layer's projections, pyramid and fusion: of full
             attention QKᵀ and PV.
         layer_flops: Executed, of the whole layer.
         closed_form_flops: Of the attention, by its definition; None where it has no closed form.
     """
 
+    parameters: int
     attention_flops: int
     layer_flops: int
     closed_form_flops: int | None
@@ -97,20 +98,20 @@ class Count:
 def count(name: str, spec: AttentionSpec, length: int) -> Count:
     """Count a layer of the attention ``name`` on the ``meta`` device, in evaluation.
 
-    The counter sees matrix products, convolutions and scaled-dot-product attention; not sums,
-    scans, triangular systems, nor kernels from elsewhere.
+    A multiply-add is 2 FLOPs. The counter sees matrix products, convolutions and
+    scaled-dot-product attention; not sums, scans, triangular systems, nor kernels from elsewhere.
 
     Raises:
         ModuleNotFoundError, ValueError: As `build_attention`.
     """
-    spec = layer_spec(name, spec)
-    if ATTENTIONS[name].cache:
-        cost = attention_cost(spec, length)
-        closed_form = 4 * spec.hidden_size * cost.visible_pairs
-        return Count(cost.attention_flops, cost.layer_flops, closed_form)
     with torch.device("meta"):
         layer: Any = build_attention(name, spec, max_length=length).to("meta").eval()
         x = torch.empty(1, length, spec.hidden_size)
+    parameters = sum(p.numel() for p in layer.parameters())
+    if ATTENTIONS[name].cache:
+        cost = attention_cost(layer.spec, length)
+        closed_form = 4 * spec.hidden_size * cost.visible_pairs
+        return Count(parameters, cost.attention_flops, cost.layer_flops, closed_form)
     projections = 0
 
     def add(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -123,7 +124,7 @@ def count(name: str, spec: AttentionSpec, length: int) -> Count:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(x)
     total = counter.get_total_flops()
-    return Count(total - projections, total, layer.attention_flops(length))
+    return Count(parameters, total - projections, total, layer.attention_flops(length))
 
 
 def visible_pairs(spec: AttentionSpec, length: int) -> int:
