@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from maha_attn.training.checkpoint import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -94,8 +97,13 @@ def train(arguments: list[str]) -> None:
     prog = "maha train"
     with user_errors(prog):
         from maha_attn.data.corpus import make_rows, make_tokenizer, read_texts
+        from maha_attn.training.distributed import (
+            is_main_process,
+            leave_process_group,
+            main_process_first,
+        )
         from maha_attn.training.recipe import load_recipe, print_help, recipe_parser
-        from maha_attn.training.run_folder import create_run, resume_run
+        from maha_attn.training.run_folder import RunFolder, create_run, resume_run
         from maha_attn.training.train import train_model
 
         usage = "maha train RECIPE [--overwrite | --resume] [--SECTION.SETTING VALUE ...]"
@@ -114,20 +122,26 @@ def train(arguments: list[str]) -> None:
         recipe = load_recipe(parser, path, overrides)
         texts = read_texts(recipe.data)
         tokenizer = make_tokenizer(recipe.data, texts, recipe.model.vocab_size)
-        folder = recipe.train.output_dir or ""
-        if chosen.resume:
+        folder, is_main = recipe.train.output_dir or "", is_main_process()
+        if not is_main:
+            run = RunFolder(Path(folder))
+        elif chosen.resume:
             run = resume_run(folder, recipe.settings)
         else:
             run = create_run(folder, recipe.settings, chosen.overwrite)
     quiet_libraries()
-    rows = make_rows(texts, tokenizer, recipe.data.sequence_length)
-    print(
-        f"Training on {sum(map(len, texts.train)):,} characters of {len(texts.train)} document(s), "
-        f"{sum(map(len, texts.held_out)):,} held out; run folder {run.path}",
-        flush=True,
-    )
-    model = train_model(recipe.model, recipe.train, rows, run, resume=chosen.resume)
-    report(run, model, rows, recipe.evaluation, recipe.generation)
+    rows = main_process_first(lambda: make_rows(texts, tokenizer, recipe.data.sequence_length))
+    if is_main:
+        print(
+            f"Training on {sum(map(len, texts.train)):,} characters of {len(texts.train)} "
+            f"document(s), {sum(map(len, texts.held_out)):,} held out; run folder {run.path}",
+            flush=True,
+        )
+    with user_errors(prog, (RunError,)):
+        model = train_model(recipe.model, recipe.train, rows, run, resume=chosen.resume)
+    leave_process_group()
+    if is_main:
+        report(run, model, rows, recipe.evaluation, recipe.generation)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -273,18 +287,21 @@ def report(
     print(f"How much each scale was used: {run.picture}")
 
 
+USER_ERRORS = (RunError, ValueError, TypeError, OSError, argparse.ArgumentError)
+
+
 @contextmanager
-def user_errors(prog: str) -> Iterator[None]:
+def user_errors(prog: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line and exit code 2.
 
-    It encloses the reading and checking of the input, not the work, so that a fault of our own
-    keeps its traceback.
+    With all ``kinds`` it encloses the reading and checking of the input, not the work, so that a
+    fault of our own keeps its traceback.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed; pip install 'maha-attn[train]'"
-    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+    except kinds as error:
         message = " ".join(str(error).split())
     else:
         return

@@ -12,11 +12,12 @@ import torch
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
 from maha_attn.data.corpus import DataSettings
 from maha_attn.models import MahaConfig
 from maha_attn.spec import AttentionSpec
+from maha_attn.training.arguments import RunArguments
 
 SECTIONS = ("model", "data", "train", "evaluation", "generation")
 TRAIN_SHOWN = {
@@ -24,7 +25,7 @@ TRAIN_SHOWN = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "logging_steps", "eval_strategy", "eval_steps"),
-    *("save_strategy", "save_steps", "save_total_limit", "report_to"),
+    *("save_strategy", "save_steps", "save_total_limit", "report_to", "shard"),
 }
 """The Trainer's options that the help shows; all the others are accepted too."""
 MODEL_HIDDEN = {
@@ -93,7 +94,7 @@ class Recipe:
 
     model: MahaConfig
     data: DataSettings
-    train: TrainingArguments
+    train: RunArguments
     evaluation: EvaluationSettings
     generation: GenerationSettings
     settings: dict[str, Any] = field(repr=False)
@@ -118,7 +119,7 @@ def recipe_parser(**options: Any) -> ArgumentParser:
     parser.add_argument("--recipe", action="config", help=SUPPRESS)
     parser.add_class_arguments(MahaConfig, "model", fail_untyped=False)
     parser.add_class_arguments(DataSettings, "data")
-    parser.add_class_arguments(TrainingArguments, "train")
+    parser.add_class_arguments(RunArguments, "train")
     parser.add_class_arguments(EvaluationSettings, "evaluation")
     parser.add_class_arguments(GenerationSettings, "generation")
     parser.set_defaults(

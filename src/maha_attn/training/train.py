@@ -1,28 +1,23 @@
-"""Training a causal language model: transformers' Trainer with our model, rows and metrics file."""
+"""Training a causal language model: our model and rows, transformers' Trainer, a run folder."""
 
-import json
-import time
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from transformers import (
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorForLanguageModeling, set_seed
 
 from maha_attn.data.corpus import Rows
 from maha_attn.models import MahaConfig, MahaForCausalLM
+from maha_attn.training.arguments import RunArguments
+from maha_attn.training.checkpoint import full_disk_explained
+from maha_attn.training.distributed import shard
+from maha_attn.training.identity import identify_data, identify_settings
+from maha_attn.training.metrics import MetricsFile
 from maha_attn.training.run_folder import RunFolder
+from maha_attn.training.trainer import RunTrainer
 
 
 def train_model(
     config: MahaConfig,
-    arguments: TrainingArguments,
+    arguments: RunArguments,
     rows: Rows,
     run: RunFolder,
     resume: bool = False,
@@ -34,7 +29,10 @@ def train_model(
         arguments: The Trainer's. It takes a GPU where there is one.
         rows: The text.
         run: Where metrics, checkpoints and the model go.
-        resume: Continue from the run's last complete checkpoint.
+        resume: Continue from the run's last complete checkpoint, where there is one.
+
+    Raises:
+        RunError: The checkpoint is damaged or belongs to another run, or the disk is full.
     """
     tokenizer = rows.tokenizer
     config.vocab_size = len(tokenizer)
@@ -42,57 +40,20 @@ def train_model(
     config.pad_token_id = cast(int, tokenizer.pad_token_id)
     set_seed(arguments.seed)
     model = MahaForCausalLM(config)
-    trainer = Trainer(
+    if arguments.shard:
+        shard(model, arguments.device)
+    trainer = RunTrainer(
+        belongs_to=identify_settings(run.settings())
+        | identify_data(rows.train, tokenizer, arguments),
         model=model,
         args=arguments,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
-        callbacks=[RunFiles(run)],
+        callbacks=[MetricsFile(run.metrics)],
     )
-    trainer.train(resume_from_checkpoint=str(run.last_checkpoint()) if resume else None)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(run.model)
-        tokenizer.save_pretrained(run.model)
-    return model
-
-
-class RunFiles(TrainerCallback):
-    """Appends what the Trainer logs to metrics.jsonl, and keeps pickles out of checkpoints."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Drop what an interrupted run logged after the checkpoint that training resumes from."""
-        self.started = time.perf_counter()
-        if state.is_world_process_zero and self.run.metrics.exists():
-            lines = self.run.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.run.metrics.write_text("".join(kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append one line."""
-        if state.is_world_process_zero:
-            elapsed_s = round(time.perf_counter() - self.started, 3)
-            line = {"step": state.global_step, "elapsed_s": elapsed_s, **(logs or {})}
-            with self.run.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the pickled arguments: recipe.yaml has them, and nothing reads the pickle."""
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    with full_disk_explained(run.path):
+        trainer.train_on(run.last_checkpoint() if resume else None)
+        trainer.save_to(run.model)
+    return MahaForCausalLM.from_pretrained(run.model) if arguments.shard else model
