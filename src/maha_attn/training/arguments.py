@@ -14,7 +14,8 @@ class RunArguments(TrainingArguments):
             of copying the model to each; docs/distributed.md.
 
     Raises:
-        ValueError: One of the Trainer's own ways to divide a model is asked for.
+        ValueError: ``shard`` is asked of one process, or one of the Trainer's own ways to divide a
+            model is asked for.
     """
 
     shard: bool = field(default=False)
@@ -27,3 +28,8 @@ class RunArguments(TrainingArguments):
                     "verified; use train.shard=true (FSDP2), see docs/distributed.md"
                 )
         super().__post_init__()
+        if self.shard and self.world_size == 1:
+            raise ValueError(
+                "train.shard divides a model among processes, and there is one; start several with "
+                "`torchrun --nproc_per_node N --no-python maha train RECIPE`, or leave it out"
+            )

@@ -63,16 +63,7 @@ def gather(value: T) -> list[T]:
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:
-    """Divide every parameter among the processes, in place; each block is gathered when it runs.
-
-    Raises:
-        ValueError: There is one process only.
-    """
-    if num_processes() == 1:
-        raise ValueError(
-            "train.shard divides a model among processes, and there is one; start several with "
-            "`torchrun --nproc_per_node N -m maha_attn train RECIPE`, or leave train.shard out"
-        )
+    """Divide every parameter among the processes, in place; each block is gathered when it runs."""
     nn.Module.to(model, device)
     mesh = init_device_mesh(device.type, (num_processes(),))
     for module in model.modules():

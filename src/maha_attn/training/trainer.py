@@ -177,10 +177,10 @@ class RunTrainer(Trainer):
         """The optimizer without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
         """Start from the checkpoint's state, but log, evaluate and save as is asked for now."""
-        done = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)
+        done = super()._init_training_state(*args, **options)
+        self.state.compute_steps(self.args, self.state.max_steps)
         return done
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
