@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from maha_attn.training import checkpoint as disk
 from maha_attn.training import distributed
@@ -52,8 +53,9 @@ class RunTrainer(Trainer):
         data_collator: Collator,
         **options: Any,
     ) -> None:
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.repeatable = RepeatableCollator(data_collator, seed)
+        self.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.repeatable = RepeatableCollator(data_collator, self.data_seed)
+        self.row_order = torch.Generator()
         super().__init__(args=args, data_collator=self.repeatable, **options)
         self.belongs_to = belongs_to
         self.folder = Path(self.args.output_dir or "")
@@ -183,12 +185,20 @@ class RunTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         return done
 
+    def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
+        """Group rows by length in an order that an epoch begun anew repeats (others do so)."""
+        sampler = super()._get_train_sampler(*args, **options)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.row_order
+        return sampler
+
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Train an epoch, unless all steps were done: the Trainer would add one to them."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             self.repeatable.epoch = options["epoch"]
+            self.row_order.manual_seed(self.data_seed + options["epoch"])
             super()._run_epoch(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
