@@ -90,7 +90,9 @@ def live(run: Path, log: Path, moment: Moment | None) -> list[str]:
     while chunk := os.read(pipe, 4096):
         told += chunk
     os.close(pipe)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    ended_well = os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    assert ended_well, log.read_text()  # it was killed, or came to its end, but did not fail
     return told.decode().splitlines()
 
 

@@ -11,9 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from maha_attn import cli
+from maha_attn.models import MahaConfig, MahaForCausalLM
 from maha_attn.training import distributed
 from maha_attn.training.trainer import RunTrainer
 
@@ -52,6 +54,18 @@ def copy_at_step_6(source: str, target: str) -> None:
     distributed.main_process_first(lambda: None if Path(target).exists() else copy())
 
 
+def unequal_rows() -> None:
+    """Only in one process are rows too short for the coarsest scale (8 tokens a position)."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    model = MahaForCausalLM(MahaConfig(vocab_size=9, num_hidden_layers=2, num_scales=4, **sizes))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    distributed.shard(model, torch.device(device))
+    length = 3 if distributed.is_main_process() else 20
+    rows = torch.ones(2, length, dtype=torch.int64, device=device)
+    model(rows, labels=rows).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 if __name__ == "__main__":
     RunTrainer._save_checkpoint = note_and_save
     distributed.leave_process_group = lambda: None  # until all is done
@@ -62,4 +76,5 @@ if __name__ == "__main__":
     train("divided-again", "--resume", "--train.shard=true")
     copy_at_step_6("one", "one-to-several")
     train("one-to-several", "--resume", "--train.shard=true")
+    unequal_rows()
     Path(f"processes-{os.environ['RANK']}.json").write_text(json.dumps(seen))

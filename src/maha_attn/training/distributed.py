@@ -63,11 +63,25 @@ def gather(value: T) -> list[T]:
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:
-    """Divide every parameter among the processes, in place; each block is gathered when it runs."""
+    """Divide every parameter among the processes, in place; each block is gathered when it runs.
+
+    Rows shorter than a block of the coarsest scale do not use its parameters. Processes whose rows
+    differ in that would sum different gradients and fail, so there they get gradients of zero.
+    """
+    config = model.config
+    coarsest = getattr(config, "ratio", 1) ** (getattr(config, "num_scales", 1) - 1)
+
+    def use_all(block: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        if hidden.shape[1] <= coarsest:
+            hidden = hidden + 0 * sum(p.flatten()[0] for p in block.parameters() if p.requires_grad)
+        return (hidden, *rest) if rest else hidden
+
     nn.Module.to(model, device)
     mesh = init_device_mesh(device.type, (num_processes(),))
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
+            module.register_forward_hook(use_all)
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
