@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 DEMO := OMP_WAIT_POLICY=passive $(BIN)/maha train recipes/demo.yaml --overwrite
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: help install demo test slow check format clean
+.PHONY: help install demo test slow kills check format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ test: $(STAMP)  ## Run the tests, less the slow ones
 
 slow: $(STAMP)  ## Run the slow tests
 	$(PYTEST) -m slow
+
+kills: $(STAMP)  ## Kill training two hundred times and resume it
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/training/test_kills.py
 
 check: $(STAMP)  ## Lint, check types and imports, run the tests
 	$(BIN)/ruff check

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from maha_attn.training.checkpoint import RunError
+
 if TYPE_CHECKING:
     from maha_attn.training.run_folder import RunFolder
 
@@ -106,6 +108,7 @@ def train(arguments: list[str]) -> None:
     with user_errors(prog):
         from maha_attn.tasks import TASKS
         from maha_attn.tasks import runs as work
+        from maha_attn.training.distributed import is_main_process, leave_process_group
         from maha_attn.training.recipe import print_help, recipe_parser
 
         path, *rest = arguments or ["--help"]
@@ -122,11 +125,18 @@ def train(arguments: list[str]) -> None:
         todo = work.plan(path, overrides, work.Flags(**vars(flags)))
         folders = work.open_folders(todo)
     quiet_libraries()
-    print(f"{todo.task.describe()}; run folder {todo.folder}", flush=True)
+    is_main = is_main_process()
+    if is_main:
+        print(f"{todo.task.describe()}; run folder {todo.folder}", flush=True)
     results = []
     for recipe, (run, resume) in zip(todo.recipes, folders, strict=True):
-        results.append(work.carry_out(recipe, todo, run, resume))
-        show(run, results[-1])
+        with user_errors(prog, (RunError,)):
+            model = work.learn(recipe, todo, run, resume)
+        if recipe is todo.recipes[-1]:
+            leave_process_group()
+        if is_main:
+            results.append(work.judge(todo.task, model, recipe, run))
+            show(run, results[-1])
     if len(results) > 1:
         from maha_attn.report.table import metrics_table
 
@@ -276,18 +286,21 @@ def show(run: "RunFolder", result: dict[str, Any]) -> None:
     print(f"How much each scale was used: {run.picture}")
 
 
+USER_ERRORS = (RunError, ValueError, TypeError, OSError, argparse.ArgumentError)
+
+
 @contextmanager
-def user_errors(prog: str) -> Iterator[None]:
+def user_errors(prog: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line and exit code 2.
 
-    It encloses the reading and checking of the input, not the work, so that a fault of our own
-    keeps its traceback.
+    With all ``kinds`` it encloses the reading and checking of the input, not the work, so that a
+    fault of our own keeps its traceback.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed; pip install 'maha-attn[train]'"
-    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+    except kinds as error:
         message = " ".join(str(error).split())
     else:
         return

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, s
 
 from maha_attn.data.tokenizer import load_tokenizer
 from maha_attn.tasks import TASKS, Task
+from maha_attn.training.distributed import is_main_process, main_process_first, wait_for_all
 from maha_attn.training.model import (
     build_model,
     require_same,
@@ -109,7 +110,12 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
     if pretrained is not None:
         require_same(first.model, pretrained)
         data = replace(data, tokenizer=data.tokenizer or str(pretrained))
-    made = task(replace(first, data=data))
+    if first.train.shard and first.lora.rank is not None:
+        raise ValueError(
+            "train.shard and lora.rank cannot be combined: adapters are small; leave train.shard "
+            "out (every process holds the model), or train all weights without lora.rank"
+        )
+    made = main_process_first(lambda: task(replace(first, data=data)))
     for recipe in recipes:
         set_vocabulary(recipe.model, made.tokenizer, pretrained)
         made.configure(recipe.model)
@@ -122,29 +128,33 @@ def open_folders(todo: Plan) -> list[tuple[RunFolder, bool]]:
     Raises:
         ValueError: A folder holds something that must not be touched, or nothing to resume.
     """
-    folders = []
-    for recipe in todo.recipes:
-        path, settings = recipe.train.output_dir or "", recipe.settings
-        started = RunFolder(Path(path)).last_checkpoint() is not None
-        if todo.flags.resume and (started or len(todo.recipes) == 1):
-            folders.append((resume_run(path, settings), True))
-        else:
-            overwrite = todo.flags.overwrite or todo.flags.resume
-            folders.append((create_run(path, settings, overwrite), False))
-    return folders
+    single = len(todo.recipes) == 1
+    folders = [RunFolder(Path(recipe.train.output_dir or "")) for recipe in todo.recipes]
+    resumed = [
+        todo.flags.resume and (single or run.last_checkpoint() is not None) for run in folders
+    ]
+    wait_for_all()  # The others have looked before the main process changes anything.
+    if is_main_process():
+        for run, resume, recipe in zip(folders, resumed, todo.recipes, strict=True):
+            if resume:
+                resume_run(str(run.path), recipe.settings)
+            else:
+                overwrite = todo.flags.overwrite or todo.flags.resume
+                create_run(str(run.path), recipe.settings, overwrite)
+    wait_for_all()
+    return list(zip(folders, resumed, strict=True))
 
 
-def carry_out(recipe: Recipe, todo: Plan, run: RunFolder, resume: bool) -> dict[str, Any]:
-    """Train one model and evaluate it.
+def learn(recipe: Recipe, todo: Plan, run: RunFolder, resume: bool) -> PreTrainedModel:
+    """Train one model; every process calls it.
 
-    Returns:
-        The content of its evaluation.json.
+    Raises:
+        RunError: A checkpoint cannot be resumed from, or the disk is full.
     """
     set_seed(recipe.train.seed)
     model = build_model(todo.task.model_class, recipe.model, todo.pretrained)
-    examples = todo.task.examples(model)
-    model = train_model(model, recipe.train, examples, run, recipe.lora, resume)
-    return judge(todo.task, model, recipe, run)
+    examples = main_process_first(lambda: todo.task.examples(model))
+    return train_model(model, recipe.train, examples, run, recipe.lora, resume)
 
 
 def judge(task: Task, model: PreTrainedModel, recipe: Recipe, run: RunFolder) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import torch
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
 from maha_attn.models import MahaConfig
 from maha_attn.spec import AttentionSpec
+from maha_attn.training.arguments import RunArguments
 
 SECTIONS = ("model", "data", "train", "lora", "evaluation", "generation")
 KEYS = ("task", "pretrained", "seeds", "variants")
@@ -29,7 +30,7 @@ TRAIN_SHOWN = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "logging_steps", "eval_strategy", "eval_steps"),
-    *("save_strategy", "save_steps", "save_total_limit", "report_to"),
+    *("save_strategy", "save_steps", "save_total_limit", "report_to", "shard"),
     *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
     "train_sampling_strategy",
 }
@@ -43,8 +44,8 @@ MODEL_HIDDEN = {
 
 
 @dataclass
-class TrainSettings(TrainingArguments):
-    """The Trainer's own arguments, and when to stop early.
+class TrainSettings(RunArguments):
+    """The Trainer's arguments, whether to divide the model, and when to stop early.
 
     Args:
         early_stopping_patience: Stop after so many evaluations without a better

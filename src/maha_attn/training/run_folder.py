@@ -3,7 +3,8 @@
 recipe.yaml       the complete settings
 environment.json  command, commit, versions, device
 metrics.jsonl     one JSON object a line, appended as training goes
-checkpoint-N/     the Trainer's, for --resume
+checkpoint-N/     for --resume: model and tokenizer as in model/, training_state.safetensors,
+                  trainer_state.json, and manifest.json with sizes and hashes
 runs/             TensorBoard's, where it is installed
 model/            the trained model (safetensors) and its tokenizer, for from_pretrained
 evaluation.json   what `maha eval` found
@@ -22,6 +23,9 @@ from typing import Any
 
 import torch
 import yaml
+
+from maha_attn.training.checkpoint import belongs_to, checkpoints, replace_text
+from maha_attn.training.identity import check_same_run, identify_settings
 
 _PACKAGES = (
     "maha-attn",
@@ -70,9 +74,8 @@ class RunFolder:
         return yaml.safe_load(self.recipe.read_text())
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end: the Trainer's state comes last."""
-        complete = [file.parent for file in self.path.glob("checkpoint-*/trainer_state.json")]
-        return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint."""
+        return (checkpoints(self.path) or [None])[-1]
 
 
 def create_run(path: str, settings: dict[str, Any], overwrite: bool = False) -> RunFolder:
@@ -83,7 +86,7 @@ def create_run(path: str, settings: dict[str, Any], overwrite: bool = False) -> 
             holds is no run.
     """
     run = RunFolder(Path(path))
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if run.path.exists() and (not run.path.is_dir() or _holds_files(run.path)):
         if not run.recipe.is_file():
             raise ValueError(
                 f"{path} exists and is no run folder (it has no recipe.yaml), so nothing in it is "
@@ -94,12 +97,34 @@ def create_run(path: str, settings: dict[str, Any], overwrite: bool = False) -> 
                 f"run folder {path} is not empty; continue it with --resume, replace it with "
                 "--overwrite, or name another one with --train.output_dir"
             )
-        shutil.rmtree(run.path)
+        _empty(run)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.recipe.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    seed = settings["train"]["seed"]
-    run.environment.write_text(json.dumps({**environment(), "seed": seed}, indent=2) + "\n")
+    _describe(run, settings)
     return run
+
+
+def _empty(run: RunFolder) -> None:
+    """Remove everything; what makes it a run folder goes last, so that a kill leaves it one."""
+    for path in run.path.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != run.recipe:
+            path.unlink()
+    run.recipe.unlink()
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is anything in a folder but what a killed process left half written."""
+    return any(path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _describe(run: RunFolder, settings: dict[str, Any]) -> None:
+    """Write the settings, which make a folder a run folder, and where the run was started."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    replace_text(run.recipe, text)
+    if not run.environment.exists():
+        record = {**environment(), "seed": settings["train"]["seed"]}
+        replace_text(run.environment, json.dumps(record, indent=2) + "\n")
 
 
 def open_run(path: str) -> RunFolder:
@@ -124,23 +149,18 @@ def open_run(path: str) -> RunFolder:
 
 
 def resume_run(path: str, settings: dict[str, Any]) -> RunFolder:
-    """Find a run folder whose training can be continued with these settings.
+    """Find a run folder whose training can be continued with these settings, and note them there.
 
     Raises:
-        ValueError: There is no checkpoint, or the model or the data are others.
+        ValueError: It is no run folder.
+        RunError: Its newest checkpoint belongs to a run with other settings, or says not which.
     """
     run = RunFolder(Path(path))
-    if not run.recipe.is_file() or run.last_checkpoint() is None:
-        raise ValueError(f"{path} holds no checkpoint to resume from; leave --resume out")
-    stored = run.settings()
-    for section in ("model", "data"):
-        before, now = stored[section], settings[section]
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"cannot resume {path}: {section}.{name} was {before.get(name)!r} there and "
-                    f"is {now.get(name)!r} now; keep it, or start anew with --overwrite"
-                )
+    if not run.recipe.is_file():
+        raise ValueError(f"{path} is no run folder to resume from; leave --resume out")
+    if checkpoint := run.last_checkpoint():
+        check_same_run(checkpoint, belongs_to(checkpoint), identify_settings(settings))
+    _describe(run, settings)
     return run
 
 

@@ -1,10 +1,7 @@
-"""Training: transformers' Trainer with the model and the rows of any task, and our metrics file."""
+"""Training: transformers' Trainer with the model and the rows of any task, and a run folder."""
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -13,16 +10,17 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
+from maha_attn.training.checkpoint import appearing, full_disk_explained
+from maha_attn.training.distributed import is_main_process, shard, wait_for_all
+from maha_attn.training.identity import identify_data, identify_settings
+from maha_attn.training.metrics import MetricsFile
 from maha_attn.training.model import adapt
 from maha_attn.training.recipe import LoraSettings, TrainSettings
 from maha_attn.training.run_folder import RunFolder
+from maha_attn.training.trainer import RunTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +59,19 @@ def train_model(
         examples: What it learns from.
         run: Where metrics, checkpoints and the model go.
         lora: Whether all of it is trained. If not, updates are merged into the weights at the end.
-        resume: Continue from the run's last complete checkpoint.
+        resume: Continue from the run's last complete checkpoint, where there is one.
+
+    Raises:
+        RunError: The checkpoint is damaged or belongs to another run, or the disk is full.
     """
-    callbacks: list[TrainerCallback] = [RunFiles(run)]
+    callbacks: list[TrainerCallback] = [MetricsFile(run.metrics)]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer = Trainer(
+    if arguments.shard:
+        shard(model, arguments.device)
+    trainer = RunTrainer(
+        belongs_to=identify_settings(run.settings())
+        | identify_data(examples.train, examples.tokenizer, arguments),
         model=model if lora.rank is None else adapt(model, lora),
         args=arguments,
         train_dataset=examples.train,
@@ -76,50 +81,16 @@ def train_model(
         compute_metrics=examples.compute_metrics,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=str(run.last_checkpoint()) if resume else None)
-    if lora.rank is not None:
-        model = trainer.model.merge_and_unload()  # pyright: ignore
-    if trainer.is_world_process_zero():
-        model.save_pretrained(run.model)
-        examples.tokenizer.save_pretrained(run.model)
-    return model
-
-
-class RunFiles(TrainerCallback):
-    """Appends what the Trainer logs to metrics.jsonl, and keeps pickles out of checkpoints."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Drop what an interrupted run logged after the checkpoint that training resumes from."""
-        self.started = time.perf_counter()
-        if state.is_world_process_zero and self.run.metrics.exists():
-            lines = self.run.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.run.metrics.write_text("".join(kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append one line."""
-        if state.is_world_process_zero:
-            elapsed_s = round(time.perf_counter() - self.started, 3)
-            line = {"step": state.global_step, "elapsed_s": elapsed_s, **(logs or {})}
-            with self.run.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the pickled arguments: recipe.yaml has them, and nothing reads the pickle."""
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    with full_disk_explained(run.path):
+        trainer.train_on(run.last_checkpoint() if resume else None)
+        if lora.rank is None:
+            trainer.save_to(run.model)
+        else:
+            model = trainer.model.merge_and_unload()
+            if is_main_process():
+                with appearing(run.model) as folder:
+                    model.save_pretrained(folder)
+                    examples.tokenizer.save_pretrained(folder)
+            wait_for_all()
+    # What is divided cannot be evaluated in one process.
+    return type(model).from_pretrained(run.model) if arguments.shard else model
