@@ -10,7 +10,7 @@ class MahaGenerationMixin(GenerationMixin):
     """Generation with the cache that the model makes itself."""
 
     @abstractmethod
-    def new_cache(self, capacity: int) -> Cache:
+    def new_cache(self, capacity: int = 0) -> Cache:
         """An empty cache for this model, with room for ``capacity`` tokens from the start."""
 
     def _prepare_cache_for_generation(

@@ -84,7 +84,7 @@ class MahaForCausalLM(MahaLanguageModel, MahaGenerationMixin):
 
     causal = True
 
-    def new_cache(self, capacity: int) -> MahaCache:
+    def new_cache(self, capacity: int = 0) -> MahaCache:
         """An empty cache for this model."""
         return MahaCache(self.config, capacity)
 

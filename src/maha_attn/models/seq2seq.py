@@ -288,7 +288,7 @@ class MahaForSeq2SeqLM(MahaSeq2SeqPreTrainedModel, MahaGenerationMixin):
         shifted = torch.cat((start, labels[:, :-1]), 1)
         return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
-    def new_cache(self, capacity: int) -> EncoderDecoderCache:
+    def new_cache(self, capacity: int = 0) -> EncoderDecoderCache:
         """An empty cache for this model."""
         cache = MahaCache(self.model.decoder.config, capacity)
         return EncoderDecoderCache(cache, DynamicCache())
