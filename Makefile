@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 DEMO := OMP_WAIT_POLICY=passive $(BIN)/maha train recipes/demo.yaml --overwrite
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: help install demo test slow kills check format clean
+.PHONY: help install demo report test slow kills check format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,9 @@ install: $(STAMP)  ## Make the virtual environment .venv
 
 demo: $(STAMP)  ## Train a small language model on two novels (a few minutes on two cores)
 	$(DEMO)
+
+report: $(STAMP)  ## Turn the committed results into a page and docs/results.md
+	$(BIN)/maha report --markdown docs/results.md
 
 test: $(STAMP)  ## Run the tests, less the slow ones
 	$(PYTEST)

@@ -203,10 +203,41 @@ def bench(arguments: list[str]) -> None:
     module.main(arguments[1:])
 
 
+def reproduce(arguments: list[str]) -> None:
+    """``maha reproduce``."""
+    prog = "maha reproduce"
+    with user_errors(prog):
+        from maha_attn.reproduce.command import parse
+        from maha_attn.reproduce.command import reproduce as run_exhibits
+
+        options = parse(arguments)
+    outcome = run_exhibits(options)
+    try:
+        from maha_attn.report.command import summary, write_report
+    except ModuleNotFoundError as error:
+        print(f"No report: {error.name} is not installed; pip install 'maha-attn[report]'")
+    else:
+        print(summary(*write_report(options.selection.results)))
+    sys.exit(1 if outcome.failed else 0)
+
+
+def write_report(arguments: list[str]) -> None:
+    """``maha report``."""
+    with user_errors("maha report", extra="report"):
+        from maha_attn.report.command import parse, summary
+        from maha_attn.report.command import write_report as write
+
+        options = parse(arguments)
+        found = write(options.results, options.budget, options.html, options.markdown)
+    print(summary(*found))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "train a model by a recipe, then evaluate it"),
     "eval": (evaluate, "score a trained model on its held-out text"),
     "generate": (generate, "continue a text with a trained model"),
+    "reproduce": (reproduce, "run what a table or figure of the paper needs"),
+    "report": (write_report, "turn results into a page and tables"),
     "bench": (bench, "measure speed and memory against full attention"),
 }
 
@@ -290,7 +321,9 @@ USER_ERRORS = (RunError, ValueError, TypeError, OSError, argparse.ArgumentError)
 
 
 @contextmanager
-def user_errors(prog: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+def user_errors(
+    prog: str, kinds: tuple[type[Exception], ...] = USER_ERRORS, extra: str = "train"
+) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line and exit code 2.
 
     With all ``kinds`` it encloses the reading and checking of the input, not the work, so that a
@@ -299,7 +332,7 @@ def user_errors(prog: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> 
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed; pip install 'maha-attn[train]'"
+        message = f"{error.name} is not installed; pip install 'maha-attn[{extra}]'"
     except kinds as error:
         message = " ".join(str(error).split())
     else:

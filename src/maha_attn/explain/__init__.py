@@ -1,0 +1,1 @@
+"""One model and one text in; what each scale attended to out."""

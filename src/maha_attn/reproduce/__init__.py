@@ -1,0 +1,1 @@
+"""Running what the paper's tables and figures need: ``maha reproduce``."""

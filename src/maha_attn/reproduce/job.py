@@ -1,0 +1,56 @@
+"""A run to be done, and the clock that says when to stop."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maha_attn.experiments.definition import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of an experiment with one seed at one budget.
+
+    Attributes:
+        folder: Where an interrupted run leaves what it needs to be continued.
+        device: Where it runs.
+    """
+
+    experiment: Experiment
+    row: str
+    seed: int
+    budget: str
+    folder: Path
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """As progress shows it."""
+        return f"{self.experiment.name}/{self.row}, seed {self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that differs from the recipe."""
+        return self.experiment.merged(self.row, self.budget)
+
+
+@dataclass
+class Clock:
+    """Tells the progress of a run, and when the time is up.
+
+    Attributes:
+        deadline: On `time.monotonic`; None: there is none.
+        show: Called with steps done, steps in all and a note.
+    """
+
+    deadline: float | None = None
+    show: Callable[[int, int, str], None] = field(default=lambda done, total, note: None)
+
+    @property
+    def is_up(self) -> bool:
+        """The run should stop."""
+        return self.deadline is not None and time.monotonic() >= self.deadline

@@ -1,0 +1,139 @@
+"""``maha reproduce`` from the command line: whole, killed, continued, and what users get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from maha_attn.cli import main
+from maha_attn.experiments.definition import exhibits, experiments
+from maha_attn.reproduce.runner import Selection, jobs
+
+
+def test_figure3_is_drawn_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", "figure3", "--device", "cpu", "--results", str(tmp_path)])
+    assert not ended.value.code
+    assert time.perf_counter() - start < 180
+    printed = capsys.readouterr().out
+    assert "8 run(s) done, 0 there already." in printed
+    assert "HOLDS UNDER A CONDITION Attention takes 81 % fewer FLOPs" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert "Holds with windows of 128 at every scale but the coarsest (91.7 % less)" in page
+    assert "32.8 % more" in page  # every scale full
+    figure = page.partition('<section id="figure3">')[2].partition("</section>")[0]
+    assert '"name":"MAHA, windows"' in figure
+
+
+def test_table2_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the end all of it is there, nothing was run twice, and no half file was ever left."""
+    places = ("--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"))
+    arguments = ("reproduce", "table2", "--budget", "smoke", "--device", "cpu", *places)
+    folder = tmp_path / "results" / "books" / "smoke"
+    code = "from maha_attn.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 110
+    while len(list(folder.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert 2 <= len(before) < 10
+    for name in before:
+        assert json.loads((folder / name).read_text())["commit"]
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+    done = 10 - len(before)
+    assert f"{done} run(s) done, {len(before)} there already." in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert len(after) == 10
+    assert {name: after[name] for name in before} == before
+    assert "MAHA nash" in (tmp_path / "results" / "report.md").read_text()
+
+
+def test_a_time_limit_starts_nothing_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ("--results", str(tmp_path), "--runs", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", "table1", "--budget", "smoke", "--time_limit", "0", *places])
+    assert not ended.value.code
+    assert "16 left for the next time" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_does_not_take_the_others_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maha_attn.reproduce import flops
+
+    counted = flops.attention_cost
+
+    def fail(spec: object, length: int) -> object:
+        if spec.preset == "paper":  # pyright: ignore[reportAttributeAccessIssue]
+            raise RuntimeError("no\nway")
+        return counted(spec, length)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(flops, "attention_cost", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", "figure2", "--results", str(tmp_path)])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert "4 run(s) done" in printed
+    assert "FAILED flops/paper, seed 0: RuntimeError: no way" in printed
+
+
+def test_jobs_are_each_wanted_once_and_first_seeds_come_first(tmp_path: Path) -> None:
+    options = {"budget": "small", "device": torch.device("cpu"), "results": tmp_path}
+    selection = Selection(**options, runs=tmp_path)
+    chosen = [exhibits()[name] for name in ("table1", "table2", "figure4")]
+    todo = jobs(chosen, experiments(), selection)
+    names = [(job.row, job.seed) for job in todo]
+    assert len(set(names)) == len(names) == 25  # 8 rows × 2 seeds, mean and static, a third seed
+    assert [seed for _, seed in names] == sorted(seed for _, seed in names)
+    few = Selection(**options, runs=tmp_path, seeds=[7], rows=["gate", "convex"])
+    assert [(job.row, job.seed) for job in jobs(chosen, experiments(), few)] == [
+        ("gate", 7),
+        ("convex", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("table9", "NAME must be one of table1, table2"),
+        ("table2 --rows=convx", "table2 has no row convx; it has convex, gate"),
+        ("table2 --seeds=a", "--seeds"),
+        ("table2 --budget=huge", "--budget"),
+        ("table2 --device=tpu", "--device must be auto, cpu or cuda; got 'tpu'"),
+        ("table2 --bugdet=small", "--bugdet"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["reproduce", *arguments.split(), "--results", str(tmp_path)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("maha reproduce: error: ")
+    assert message in line
+
+
+def test_without_a_commit_nothing_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maha_attn.bench.measure._commit", lambda: None)
+    with pytest.raises(SystemExit):
+        main(["reproduce", "figure3", "--results", str(tmp_path)])
+    assert "set MAHA_COMMIT" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""A language model's run: its result, stopped by the clock and continued, equal parameters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maha_attn.experiments.definition import Budget, Experiment, Row
+from maha_attn.experiments.statistics import bits_per_byte
+from maha_attn.models import MahaConfig
+from maha_attn.reproduce.job import Clock, Job
+from maha_attn.reproduce.language_model import (
+    count_parameters,
+    job_recipe,
+    matched_width,
+    train_language_model,
+)
+
+TINY = {
+    **{"data.files": ["embedded:alice_in_wonderland"], "data.held_out_files": None},
+    **{"data.sequence_length": 64, "model.vocab_size": 300, "model.hidden_size": 32},
+    **{"model.intermediate_size": 64, "model.num_hidden_layers": 1, "model.window": 8},
+    **{"model.num_attention_heads": 2, "train.max_steps": 6, "train.logging_steps": 1},
+    **{"train.per_device_train_batch_size": 2, "train.dataloader_num_workers": 0},
+    **{"train.save_strategy": "no", "evaluation.batch_size": 64, "evaluation.usage_rows": 1},
+}
+EXPERIMENT = Experiment(
+    **{"name": "tiny", "title": "", "kind": "language_model", "recipe": "recipes/books.yaml"},
+    match_parameters="maha",
+    budgets={"smoke": Budget(seeds=[1], settings=TINY)},
+    rows={
+        "maha": Row(label="MAHA"),
+        "sliding": Row(label="w", settings={"model.num_scales": 1, "model.preset": "window"}),
+    },
+)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(
+        **{"experiment": EXPERIMENT, "row": "maha", "seed": 1, "budget": "smoke"},
+        folder=tmp_path / "run",
+        device=torch.device("cpu"),
+    )
+
+
+class Alarm(Clock):
+    """Rings after a number of steps."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(show=self.count)
+        self.after, self.steps = after, 0
+
+    def count(self, done: int, total: int, note: str) -> None:
+        self.steps = done
+
+    @property
+    def is_up(self) -> bool:
+        return self.steps >= self.after
+
+
+def test_stopped_and_continued_equals_at_once(job: Job) -> None:
+    whole = train_language_model(job, Clock())
+    assert whole is not None
+    again = replace(job, folder=job.folder.with_name("again"))
+    assert train_language_model(again, Alarm(after=3)) is None
+    assert (again.folder / "checkpoint-3").is_dir()
+    assert not (again.folder / "model").exists()
+    continued = train_language_model(again, Clock())
+    assert continued is not None
+    assert continued["curves"] == whole["curves"]
+    assert continued["documents"] == whole["documents"]
+    assert not list(again.folder.glob("checkpoint-*"))
+    _check_result(whole, job)
+
+
+def _check_result(result: dict[str, Any], job: Job) -> None:
+    metrics = result["metrics"]
+    assert metrics["bits_per_byte"] == pytest.approx(bits_per_byte(result["documents"]))
+    assert metrics["final_loss"] == result["curves"]["loss"][-1]
+    assert metrics["tokens_per_s"] > 0
+    assert metrics["peak_bytes"] is None  # on a CPU
+    assert result["curves"]["tokens"] == [128 * step for step in range(1, 7)]
+    assert metrics["bits_per_byte_error"] is None  # of one document there is none
+    assert result["settings"]["train"]["seed"] == job.seed
+    assert len(result["data"]["fingerprint"]) == 64
+    assert len(result["attention"]["layers"][0]["scales"]) == 4
+    json.dumps(result, allow_nan=False)
+
+
+def test_other_settings_start_anew(job: Job) -> None:
+    assert train_language_model(job, Alarm(after=3)) is None
+    other = replace(EXPERIMENT, settings={"model.ratio": 4})
+    result = train_language_model(replace(job, experiment=other), Clock())
+    assert result is not None
+    assert len(result["curves"]["loss"]) == 6
+    assert result["settings"]["model"]["ratio"] == 4
+
+
+def test_rows_have_equal_parameters(job: Job) -> None:
+    maha = job_recipe(job)
+    sliding = job_recipe(replace(job, row="sliding"))
+    assert maha.model.intermediate_size == 64
+    assert sliding.model.intermediate_size > 64
+    assert sliding.settings["model"]["intermediate_size"] == sliding.model.intermediate_size
+    counts = [count_parameters(recipe.model) for recipe in (maha, sliding)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+def test_parameters_that_cannot_be_matched() -> None:
+    config = MahaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(
+        ValueError, match=r"no feed-forward width gives 1,000 parameters within 2 %"
+    ):
+        matched_width(config, 1000)
