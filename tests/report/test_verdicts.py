@@ -34,16 +34,18 @@ def selected(folder: Path, experiment: str, *rows: str) -> list[Selected]:
             1.8,
             1.9,
             "holds",
-            "Holds with convex fusion (-0.2000 ± 0.0000); with Nash fusion (-0.1000 ± 0.0000).",
+            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte); "
+            "with Nash fusion (−0.1000 ± 0.0000 bits per byte).",
         ),
         (
             *(1.8, 2.1, "holds under a condition"),
-            "Holds with convex fusion (-0.2000 ± 0.0000). "
-            "Does not hold with Nash fusion (+0.1000 ± 0.0000).",
+            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte). "
+            "Does not hold with Nash fusion (+0.1000 ± 0.0000 bits per byte).",
         ),
         (
             *(2.2, None, "does not hold"),
-            "Does not hold with convex fusion (+0.2000 ± 0.0000). Not measured with Nash fusion.",
+            "Does not hold with convex fusion (+0.2000 ± 0.0000 bits per byte). "
+            "Not measured with Nash fusion.",
         ),
     ],
 )
@@ -65,8 +67,10 @@ def test_within_the_error_nothing_is_decided(add: Add, tmp_path: Path) -> None:
         add("books", "convex", seed, **language_model(bits))
     verdict = judge(BETTER, selected(tmp_path, "books", "mean", "convex"), "e")
     assert verdict.status == "undecided"
-    assert verdict.sentence.startswith("Within the error with convex fusion (-0.0100 ± 0.0900).")
-    assert (verdict.measured, verdict.seeds, verdict.spread) == ("-0.0100", "2", "0.0900")
+    assert verdict.sentence.startswith(
+        "Within the error with convex fusion (−0.0100 ± 0.0900 bits per byte)."
+    )
+    assert (verdict.measured, verdict.seeds, verdict.spread) == ("−0.0100", "2", "0.0900")
 
 
 def test_a_smoke_test_decides_nothing(add: Add, tmp_path: Path) -> None:

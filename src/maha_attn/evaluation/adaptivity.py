@@ -14,12 +14,23 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.inference_mode()
 def weight_variation(
-    model: PreTrainedModel, tokens: NDArray[np.int64], length: int, max_rows: int
+    model: PreTrainedModel,
+    tokens: NDArray[np.int64],
+    length: int,
+    max_rows: int,
+    bf16: bool = False,
 ) -> dict[str, Any] | None:
     """Distribution of the fusion weights ``w`` over the tokens of a text.
 
     Tokens before the first complete block of the coarsest scale are left out: there the weights
     vary because scales are missing.
+
+    Args:
+        model: A causal language model.
+        tokens: The text.
+        length: Tokens in a window.
+        max_rows: Windows, at most.
+        bf16: Run the model in bf16.
 
     Returns:
         ``moved``: ``E[½ Σ_s |w_s - E w_s|]``, the share of the weight that is not where it is on
@@ -38,7 +49,8 @@ def weight_variation(
     collected: dict[int, list[torch.Tensor]] = {}
     for row in tokens[: rows * length].reshape(rows, length):
         inputs = torch.from_numpy(row)[None].to(model.device)
-        output = model.eval()(input_ids=inputs, use_cache=False, output_fusion_weights=True)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            output = model.eval()(input_ids=inputs, use_cache=False, output_fusion_weights=True)
         for layer, weights in enumerate(output.fusion_weights):
             if weights is not None and weights.shape[-1] > 1:
                 collected.setdefault(layer, []).append(weights[0, :, first:].float())
@@ -71,8 +83,6 @@ def _quantiles(weights: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 def _rounded(values: torch.Tensor) -> Any:
     """Nested lists with four decimals."""
-    return (
-        [[round(x, 4) for x in row] for row in values.tolist()]
-        if values.dim() == 2
-        else [_rounded(part) for part in values]
-    )
+    if values.dim() == 1:
+        return [round(value, 4) for value in values.tolist()]
+    return [_rounded(part) for part in values]

@@ -52,9 +52,18 @@ def _visible(queries: int, keys: int, stride: int, window: int | None, causal: b
 
 @torch.inference_mode()
 def explain_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: list[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """What each scale attended to in the first, the middle and the last MAHA layer.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        ids: The text's tokens.
+        bf16: Run the model in bf16; the matrices are computed in the dtype of its weights.
 
     Returns:
         ``tokens``: the text's tokens as strings; ``layers``: for each its index ``layer``, and
@@ -69,7 +78,9 @@ def explain_text(
     inputs: dict[int, Tensor] = {}
     hooks = [layers[index].register_forward_pre_hook(_keep(inputs, index)) for index in chosen]
     try:
-        model.eval()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        tokens = torch.tensor([ids], device=model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            model.eval()(input_ids=tokens, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -93,10 +104,10 @@ def explain_text(
 
 
 def _keep(inputs: dict[int, Tensor], index: int) -> Callable[..., None]:
-    """A hook that keeps a layer's input."""
+    """A hook that keeps a layer's input, in the dtype of its weights (autocast)."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[index] = arguments[0]
+        inputs[index] = arguments[0].to(next(module.parameters()).dtype)
 
     return hook
 

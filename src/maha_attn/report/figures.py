@@ -80,7 +80,6 @@ def loss_curves(selected: Sequence[Selected], options: dict[str, Any]) -> list[P
                 y=_smooth(curves["loss"]),
                 name=part.experiment.rows[row].label,
                 legendgroup=row,
-                showlegend=result is results[0],
                 mode="lines",
                 line={"color": color, "width": 1.5},
                 hovertemplate=f"seed {result['seed']}: %{{y:.3f}}",
@@ -137,11 +136,17 @@ def ablation(selected: Sequence[Selected], options: dict[str, Any]) -> list[Pane
             )
             if reference:
                 label = part.experiment.rows[options["reference"]].label
-                figure.add_hline(
-                    y=statistics.fmean(reference),
-                    line={"color": COLORS["sliding"], "dash": "dash"},
-                    annotation={"text": label, "font": {"size": 11, "color": "#6b7280"}},
+                height, line = statistics.fmean(reference), {"color": COLORS["sliding"]}
+                figure.add_scatter(
+                    x=[names[0], names[-1]],
+                    y=[height, height],
+                    mode="lines",
+                    name=label,
+                    line=line | {"dash": "dash"},
                 )
+                style = {"showarrow": False, "xanchor": "right", "yanchor": "bottom"}
+                font = {"size": 11, "color": "#6b7280"}
+                figure.add_annotation(x=names[-1], y=height, text=label, font=font, **style)
             figure.update_xaxes(type="category", title=group)
             figure.update_yaxes(title=metric(column).label)
             panels.append(Panel("", figure.update_layout(height=300)))
@@ -197,7 +202,8 @@ def weight_distribution(selected: Sequence[Selected], options: dict[str, Any]) -
             figure, layers = _figure(), fusion["layers"]
             for scale, stride in enumerate(layers[0]["strides"]):
                 low, mean, high = zip(*(_band(layer, scale) for layer in layers), strict=True)
-                x = [layer["layer"] for layer in layers]
+                beside = 0.1 * (scale - (len(layers[0]["strides"]) - 1) / 2)
+                x = [layer["layer"] + beside for layer in layers]
                 label = "1 token" if stride == 1 else f"{stride} tokens"
                 figure.add_scatter(
                     x=x,
@@ -212,7 +218,7 @@ def weight_distribution(selected: Sequence[Selected], options: dict[str, Any]) -
                         "width": 3,
                     },
                 )
-            figure.update_xaxes(title="layer", dtick=1)
+            figure.update_xaxes(title="layer", dtick=1, showgrid=False)
             figure.update_yaxes(title="weight, mean and 5–95 %", range=[-0.02, 1.02])
             title = f"{part.experiment.rows[row].label}: {fusion['moved']:.1%} moves"
             panels.append(Panel(title.replace("%", " %"), figure.update_layout(height=340)))
@@ -237,8 +243,8 @@ def _figure(legend: bool = True) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#3d4451"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=legend,
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
+        showlegend=False,
+        meta={"legend": legend},  # The page draws it below the figure, where it has room.
         hovermode="closest",
     )
     style = {"automargin": True, "showgrid": True, "gridcolor": "#eceef2", "linecolor": "#c6cbd4"}

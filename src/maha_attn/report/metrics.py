@@ -1,6 +1,6 @@
 """What the numbers of a result are called, and how they are written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maha_attn.experiments.results import Result
@@ -15,12 +15,14 @@ class Metric:
         digits: Decimals.
         scale: The stored number is divided by it for people.
         by_device: It depends on the device, so it is compared on the same one only.
+        unit: Of a difference.
     """
 
     label: str
     digits: int = 2
     scale: float = 1
     by_device: bool = False
+    unit: str = ""
 
     def text(self, value: float | None) -> str:
         """A number as a cell."""
@@ -28,7 +30,7 @@ class Metric:
 
 
 METRICS = {
-    "bits_per_byte": Metric("bits per byte", 4),
+    "bits_per_byte": Metric("bits per byte", 4, unit="bits per byte"),
     "bits_per_byte_error": Metric("error over books", 4),
     "perplexity": Metric("perplexity"),
     "word_perplexity": Metric("perplexity per word", 1),
@@ -41,10 +43,10 @@ METRICS = {
     "layer_flops": Metric("layer, GFLOP", 2, 1e9),
     "executed_pairs": Metric("executed pairs, M", 2, 1e6),
     "visible_pairs": Metric("visible pairs, M", 2, 1e6),
-    "accuracy": Metric("accuracy, %", 2),
-    "f1": Metric("F1, %", 2),
-    "exact_match": Metric("exact match, %", 2),
-    "bleu": Metric("BLEU", 2),
+    "accuracy": Metric("accuracy, %", 2, unit="points"),
+    "f1": Metric("F1, %", 2, unit="points"),
+    "exact_match": Metric("exact match, %", 2, unit="points"),
+    "bleu": Metric("BLEU", 2, unit="BLEU"),
     "sequences_per_s": Metric("sequences/s", 1, by_device=True),
     "forward_ms": Metric("forward, ms", 2, by_device=True),
     "train_ms": Metric("forward + backward, ms", 2, by_device=True),
@@ -64,7 +66,7 @@ def metric(column: str) -> Metric:
     if not length:
         return known
     label = f"{known.label}, {int(length):,} tokens"
-    return Metric(label, known.digits, known.scale, known.by_device)
+    return replace(known, label=label)
 
 
 def value(result: Result, column: str) -> float | None:

@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from maha_attn.experiments.definition import Exhibit, exhibits, experiments
@@ -91,15 +90,15 @@ def html(report: Report) -> str:
     return environment.get_template("page.html.j2").render(
         report=report,
         statuses=STATUSES,
-        style=Markup((source / "page.css").read_text(encoding="utf-8")),
-        script=Markup((source / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
+        style=(source / "page.css").read_text(encoding="utf-8"),
+        script=(source / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
     )
 
 
-def _figure_json(panel: Panel) -> Markup:
+def _figure_json(panel: Panel) -> str:
     """A figure as JSON that may stand in a script element."""
-    return Markup(str(panel.figure.to_json()).replace("</", "<\\/"))
+    return str(panel.figure.to_json()).replace("</", "<\\/")
 
 
 def markdown(report: Report) -> str:

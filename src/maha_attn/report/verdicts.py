@@ -184,6 +184,8 @@ def _describe(claim: Claim, finding: _Finding) -> str:
         words = f"slope {words}"
     if finding.error and not math.isnan(finding.error):
         words = f"{words} ± {_error_text(claim, finding.error)}"
+    if claim.measure == "difference":
+        words = f"{words} {metric(claim.metric).unit}".rstrip()
     return f"{finding.case.condition} ({words})"
 
 
@@ -194,7 +196,7 @@ def _text(claim: Claim, number: float) -> str:
         return f"{number:.2f}"
     known = metric(claim.metric)
     sign = "+" if claim.measure == "difference" else ""
-    return f"{number / known.scale:{sign},.{known.digits}f}"
+    return f"{number / known.scale:{sign},.{known.digits}f}".replace("-", "−")
 
 
 def _error_text(claim: Claim, error: float) -> str:

@@ -238,27 +238,22 @@ def _loss_curve(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
 
 def _evaluate(model: PreTrainedModel, recipe: Recipe, text: Text) -> dict[str, Any]:
     """Scores of the held-out books, the fusion's weights on them, attention on one passage."""
-    length, settings = recipe.data.sequence_length, recipe.evaluation
-    scores = score_documents(
-        model,
-        text.documents,
-        text.units,
-        length,
-        settings.batch_size,
-        bf16=recipe.train.bf16,
+    length, settings, bf16 = recipe.data.sequence_length, recipe.evaluation, recipe.train.bf16
+    scores = score_documents(model, text.documents, text.units, length, settings.batch_size, bf16)
+    documents, first = scores["documents"], text.documents[0]
+    tokens, words, nll = (
+        math.fsum(d[name] for d in documents) for name in ("tokens", "words", "nll")
     )
-    documents = scores["documents"]
-    tokens, nll = (math.fsum(d[name] for d in documents) for name in ("tokens", "nll"))
     error = bootstrap_error(lambda i: bits_per_byte([documents[k] for k in i]), len(documents))
-    first = text.documents[0]
+    passage = first[:SENTENCE_TOKENS].tolist()
     return {
         "metrics": {
             "bits_per_byte": bits_per_byte(documents),
             "bits_per_byte_error": None if math.isnan(error) else error,
             "perplexity": math.exp(nll / tokens),
-            "word_perplexity": math.exp(nll / math.fsum(d["words"] for d in documents)),
+            "word_perplexity": math.exp(nll / words),
         },
         **scores,
-        "fusion": weight_variation(model, first, length, settings.usage_rows),
-        "attention": explain_text(model, text.rows.tokenizer, first[:SENTENCE_TOKENS].tolist()),
+        "fusion": weight_variation(model, first, length, settings.usage_rows, bf16),
+        "attention": explain_text(model, text.rows.tokenizer, passage, bf16),
     }

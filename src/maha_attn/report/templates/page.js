@@ -3,6 +3,31 @@ for (const plot of document.querySelectorAll(".plot")) {
   const figure = JSON.parse(plot.querySelector("script").textContent);
   const config = { responsive: true, displaylogo: false, displayModeBar: false };
   Plotly.newPlot(plot, figure.data, figure.layout, config);
+  if (figure.layout.meta.legend) plot.after(legend(plot, figure.data));
+}
+
+function legend(plot, traces) {
+  const list = document.createElement("ul");
+  list.className = "legend";
+  for (const name of new Set(traces.map((trace) => trace.name))) {
+    const trace = traces.find((each) => each.name === name);
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "true");
+    button.style.setProperty("--color", trace.line.color);
+    button.style.setProperty("--style", trace.line.dash === "dot" ? "dotted" : "solid");
+    button.textContent = name;
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") === "false";
+      button.setAttribute("aria-pressed", String(shown));
+      const same = traces.flatMap((each, index) => (each.name === name ? [index] : []));
+      Plotly.restyle(plot, { visible: shown }, same);
+    });
+    const item = document.createElement("li");
+    item.append(button);
+    list.append(item);
+  }
+  return list;
 }
 
 const number = (text) => {
