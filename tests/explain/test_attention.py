@@ -20,8 +20,8 @@ def test_matrices_times_values_are_the_scales_outputs(queries: str, causal: bool
     )
     layer = MultiscaleAttention(spec).double()
     x = torch.randn(1, 27, 16, dtype=torch.float64)
-    outputs = layer._scale_outputs(x, layer.v_proj(x), None, None, None)
-    values = layer.pyramid.scales(layer.v_proj(x), None)
+    outputs = layer._outputs(x, layer.v_proj(x), [], None, None, None)
+    (values,) = layer.pyramid.scales([layer.v_proj(x)], None)
     matrices = attention_matrices(layer, x)
     assert len(matrices) == 3
     for matrix, value, output in zip(matrices, values, outputs, strict=True):

@@ -23,7 +23,7 @@ def attention_matrices(layer: MultiscaleAttention, x: Tensor) -> list[Tensor]:
         ``N²`` memory.
     """
     spec = layer.spec
-    scales = layer.pyramid.scales(x, None)
+    (scales,) = layer.pyramid.scales([x], None)
     features = layer.pyramid.convolved(layer.pyramid.gated(scales), None)
     tokens = torch.arange(x.shape[1], device=x.device)
     table = layer.table(tokens)
