@@ -28,11 +28,13 @@ class Budget:
 
     Attributes:
         seeds: The seeds, the first ones first where fewer are asked for.
-        settings: What differs from the recipe.
+        variants: Variants of the recipe, applied in this order.
+        settings: What differs from the recipe beside.
         differs: How the conditions differ from those of the paper's claims; empty: they do not.
     """
 
     seeds: list[int]
+    variants: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     differs: str = ""
 
@@ -46,6 +48,7 @@ class Experiment:
         kind: What a run does: a name that `maha_attn.reproduce` knows.
         recipe: The base recipe, for kinds that train.
         settings: What differs from the recipe in every row.
+        pretrained: The experiment whose model of the same row and the first seed a run starts from.
         match_parameters: The row whose number of parameters all rows get, by the width of their
             feed-forward part.
         budgets: By name.
@@ -59,6 +62,7 @@ class Experiment:
     rows: dict[str, Row]
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
     match_parameters: str | None = None
 
     def merged(self, row: str, budget: str) -> dict[str, Any]:
@@ -173,8 +177,18 @@ class Exhibit:
 
 @cache
 def experiments() -> dict[str, Experiment]:
-    """Every experiment by name."""
-    return {path.stem: _experiment(path) for path in _definitions("experiments")}
+    """Every experiment by name.
+
+    Raises:
+        ValueError: In a definition something is missing, unknown or contradictory.
+    """
+    found = {path.stem: _experiment(path) for path in _definitions("experiments")}
+    for name, experiment in found.items():
+        if (base := experiment.pretrained) is None:
+            continue
+        if base not in found or experiment.rows.keys() - found[base].rows.keys():
+            raise ValueError(f"{name}.yaml: pretrained must name an experiment with the same rows")
+    return found
 
 
 @cache

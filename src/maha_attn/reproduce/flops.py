@@ -13,7 +13,7 @@ def count_flops(job: Job, clock: Clock) -> dict[str, Any] | None:
 
     The settings are those of `AttentionSpec`, and ``lengths``.
     """
-    options = job.settings
+    options = job.experiment.merged(job.row, job.budget)
     lengths = options.pop("lengths")
     spec = AttentionSpec(**options)
     costs = []

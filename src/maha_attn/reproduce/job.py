@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,8 @@ class Job:
     Attributes:
         folder: Where an interrupted run leaves what it needs to be continued.
         device: Where it runs.
+        pretrained: The folder of the run whose model it starts from.
+        keeps_model: Another run starts from its model, so a result without it is not enough.
     """
 
     experiment: Experiment
@@ -26,16 +27,13 @@ class Job:
     budget: str
     folder: Path
     device: torch.device
+    pretrained: Path | None = None
+    keeps_model: bool = False
 
     @property
     def name(self) -> str:
         """As progress shows it."""
         return f"{self.experiment.name}/{self.row}, seed {self.seed}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that differs from the recipe."""
-        return self.experiment.merged(self.row, self.budget)
 
 
 @dataclass

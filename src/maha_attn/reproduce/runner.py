@@ -21,9 +21,9 @@ PACKAGES = ("maha-attn", "transformers", "tokenizers", "datasets", "accelerate",
 def kinds() -> dict[str, Callable[[Job, Clock], dict[str, Any] | None]]:
     """What each kind of experiment does with a run; None is returned when the clock stopped it."""
     from maha_attn.reproduce.flops import count_flops
-    from maha_attn.reproduce.language_model import train_language_model
+    from maha_attn.reproduce.training import train_and_judge
 
-    return {"flops": count_flops, "language_model": train_language_model}
+    return {"flops": count_flops, "training": train_and_judge}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +50,43 @@ class Selection:
 def jobs(
     exhibits: Iterable[Exhibit], experiments: dict[str, Experiment], selection: Selection
 ) -> list[Job]:
-    """Every run that the exhibits need, each once; all rows with the first seed come first."""
+    """Every run that the exhibits need, each once.
+
+    All rows with the first seed come first; the run that another one starts from comes before it.
+    """
     found: dict[tuple[str, str, int], Job] = {}
-    for exhibit in exhibits:
-        for part in exhibit.parts:
-            experiment = experiments[part.experiment]
-            if selection.budget not in experiment.budgets:
-                continue
-            known = experiment.budgets[selection.budget].seeds
-            for seed in selection.seeds or known[: part.seeds]:
-                for row in part.rows:
-                    if selection.rows is None or row in selection.rows:
-                        place = experiment.name, selection.budget, f"{row}-seed{seed}"
-                        found[experiment.name, row, seed] = Job(
-                            experiment=experiment,
-                            row=row,
-                            seed=seed,
-                            budget=selection.budget,
-                            folder=selection.runs.joinpath(*place),
-                            device=selection.device,
-                        )
-    return sorted(found.values(), key=lambda job: _rank(job, list(found)))
 
+    def want(experiment: Experiment, row: str, seed: int, keeps_model: bool = False) -> Path:
+        base = None
+        if experiment.pretrained is not None:
+            start = experiments[experiment.pretrained]
+            base = want(start, row, start.budgets[selection.budget].seeds[0], keeps_model=True)
+        key = experiment.name, row, seed
+        folder = selection.runs / experiment.name / selection.budget / f"{row}-seed{seed}"
+        found[key] = Job(
+            experiment=experiment,
+            row=row,
+            seed=seed,
+            budget=selection.budget,
+            folder=folder,
+            device=selection.device,
+            pretrained=base,
+            keeps_model=keeps_model or (key in found and found[key].keeps_model),
+        )
+        return folder
 
-def _rank(job: Job, order: Sequence[tuple[str, str, int]]) -> tuple[int, int]:
-    """Seeds first, then the order in which the exhibits ask."""
-    return job.seed, order.index((job.experiment.name, job.row, job.seed))
+    wanted = [
+        (seed, experiment, row)
+        for exhibit in exhibits
+        for part in exhibit.parts
+        if selection.budget in (experiment := experiments[part.experiment]).budgets
+        for seed in selection.seeds or experiment.budgets[selection.budget].seeds[: part.seeds]
+        for row in part.rows
+        if selection.rows is None or row in selection.rows
+    ]
+    for seed, experiment, row in sorted(wanted, key=lambda one: one[0]):
+        want(experiment, row, seed)
+    return list(found.values())
 
 
 @dataclass
@@ -107,7 +118,7 @@ def run_missing(
     outcome, run = Outcome(), kinds()
     for job in todo:
         path = result_path(results, job.experiment.name, job.budget, job.row, job.seed)
-        if _is_done(path):
+        if _is_done(job, path):
             outcome.kept.append(job)
             continue
         if clock.is_up:
@@ -137,7 +148,10 @@ def run_missing(
     return outcome
 
 
-def _is_done(path: Path) -> bool:
+def _is_done(job: Job, path: Path) -> bool:
+    """It has a result, and its model where another run starts from it."""
+    if job.keeps_model and not (job.folder / "model" / "model.safetensors").is_file():
+        return False
     try:
         return path.is_file() and bool(read_result(path))
     except RefusedError:

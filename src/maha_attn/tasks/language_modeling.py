@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel
+from transformers import PreTrainedModel
 
 from maha_attn.data.corpus import CorpusSettings
 from maha_attn.evaluation.language_modeling import PerplexitySettings, score_text, stream
 from maha_attn.evaluation.scale_usage import scale_usage
 from maha_attn.models import MahaForCausalLM
-from maha_attn.tasks.packed import PackedDocuments
+from maha_attn.tasks.packed import PackedCollator, PackedDocuments
 from maha_attn.training.recipe import Recipe
 from maha_attn.training.train import Examples
 
@@ -33,7 +33,7 @@ class LanguageModeling(PackedDocuments):
             train=self.rows["train"],
             validation=self.rows["validation"],
             tokenizer=self.tokenizer,
-            collator=DataCollatorForLanguageModeling(self.tokenizer, mlm=False),
+            collator=PackedCollator(self.tokenizer, mlm=False),
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel
+from transformers import PreTrainedModel
 
 from maha_attn.data.corpus import CorpusSettings
 from maha_attn.evaluation.language_modeling import stream
 from maha_attn.evaluation.masked import MaskedSettings, masked_scores
 from maha_attn.evaluation.scale_usage import scale_usage
 from maha_attn.models import MahaForMaskedLM
-from maha_attn.tasks.packed import PackedDocuments
+from maha_attn.tasks.packed import PackedCollator, PackedDocuments
 from maha_attn.training.recipe import Recipe
 from maha_attn.training.train import Examples
 
@@ -50,9 +50,7 @@ class MaskedLanguageModeling(PackedDocuments):
             train=self.rows["train"],
             validation=self.rows["validation"],
             tokenizer=self.tokenizer,
-            collator=DataCollatorForLanguageModeling(
-                self.tokenizer, mlm_probability=self.data.mask_probability
-            ),
+            collator=PackedCollator(self.tokenizer, mlm_probability=self.data.mask_probability),
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:

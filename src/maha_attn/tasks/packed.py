@@ -1,6 +1,8 @@
 """What both kinds of language modelling share: documents, packed into rows."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from transformers import DataCollatorForLanguageModeling
 
 from maha_attn.data.corpus import load_documents, pack
 from maha_attn.data.tokenizer import make_tokenizer
@@ -37,3 +39,14 @@ class PackedDocuments(Task):
             f"{characters['train']:,} characters of {len(self.documents['train'].rows)} "
             f"document(s) to train on, {held_out}"
         )
+
+
+class PackedCollator(DataCollatorForLanguageModeling):
+    """Leaves out the mask of a batch without padding: the model need not look for any."""
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """Rows to a batch."""
+        batch = super().torch_call(examples)
+        if batch["attention_mask"].all():
+            del batch["attention_mask"]
+        return batch

@@ -1,6 +1,6 @@
 """Training: transformers' Trainer with the model and the rows of any task, and a run folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     TrainerCallback,
 )
 
@@ -50,6 +51,7 @@ def train_model(
     run: RunFolder,
     lora: LoraSettings,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Train a model and save it with its tokenizer in the run folder.
 
@@ -60,11 +62,12 @@ def train_model(
         run: Where metrics, checkpoints and the model go.
         lora: Whether all of it is trained. If not, updates are merged into the weights at the end.
         resume: Continue from the run's last complete checkpoint, where there is one.
+        callbacks: More of the Trainer's callbacks.
 
     Raises:
         RunError: The checkpoint is damaged or belongs to another run, or the disk is full.
     """
-    callbacks: list[TrainerCallback] = [MetricsFile(run.metrics)]
+    callbacks = [MetricsFile(run.metrics), *callbacks]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     if arguments.shard:
@@ -81,6 +84,7 @@ def train_model(
         compute_metrics=examples.compute_metrics,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl has what it prints without tqdm.
     with full_disk_explained(run.path):
         trainer.train_on(run.last_checkpoint() if resume else None)
         if lora.rank is None:

@@ -10,27 +10,20 @@ import torch
 
 from maha_attn.experiments.definition import Budget, Experiment, Row
 from maha_attn.experiments.statistics import bits_per_byte
-from maha_attn.models import MahaConfig
+from maha_attn.models import MahaConfig, MahaForCausalLM
 from maha_attn.reproduce.job import Clock, Job
-from maha_attn.reproduce.language_model import (
-    count_parameters,
-    job_recipe,
-    matched_width,
-    train_language_model,
-)
+from maha_attn.reproduce.training import count_parameters, matched_width, prepare, train_and_judge
 
 TINY = {
-    **{"data.files": ["embedded:alice_in_wonderland"], "data.held_out_files": None},
-    **{"data.sequence_length": 64, "model.vocab_size": 300, "model.hidden_size": 32},
     **{"model.intermediate_size": 64, "model.num_hidden_layers": 1, "model.window": 8},
-    **{"model.num_attention_heads": 2, "train.max_steps": 6, "train.logging_steps": 1},
-    **{"train.per_device_train_batch_size": 2, "train.dataloader_num_workers": 0},
-    **{"train.save_strategy": "no", "evaluation.batch_size": 64, "evaluation.usage_rows": 1},
+    **{"train.max_steps": 6, "train.logging_steps": 1, "train.save_strategy": "no"},
+    **{"train.per_device_train_batch_size": 2},
+    **{"evaluation.batch_size": 64, "evaluation.usage_rows": 1},
 }
 EXPERIMENT = Experiment(
-    **{"name": "tiny", "title": "", "kind": "language_model", "recipe": "recipes/books.yaml"},
+    **{"name": "tiny", "title": "", "kind": "training", "recipe": "recipes/lm_books.yaml"},
     match_parameters="maha",
-    budgets={"smoke": Budget(seeds=[1], settings=TINY)},
+    budgets={"smoke": Budget(seeds=[1], variants=["smoke"], settings=TINY)},
     rows={
         "maha": Row(label="MAHA"),
         "sliding": Row(label="w", settings={"model.num_scales": 1, "model.preset": "window"}),
@@ -63,13 +56,13 @@ class Alarm(Clock):
 
 
 def test_stopped_and_continued_equals_at_once(job: Job) -> None:
-    whole = train_language_model(job, Clock())
+    whole = train_and_judge(job, Clock())
     assert whole is not None
     again = replace(job, folder=job.folder.with_name("again"))
-    assert train_language_model(again, Alarm(after=3)) is None
+    assert train_and_judge(again, Alarm(after=3)) is None
     assert (again.folder / "checkpoint-3").is_dir()
     assert not (again.folder / "model").exists()
-    continued = train_language_model(again, Clock())
+    continued = train_and_judge(again, Clock())
     assert continued is not None
     assert continued["curves"] == whole["curves"]
     assert continued["documents"] == whole["documents"]
@@ -92,21 +85,21 @@ def _check_result(result: dict[str, Any], job: Job) -> None:
 
 
 def test_other_settings_start_anew(job: Job) -> None:
-    assert train_language_model(job, Alarm(after=3)) is None
+    assert train_and_judge(job, Alarm(after=3)) is None
     other = replace(EXPERIMENT, settings={"model.ratio": 4})
-    result = train_language_model(replace(job, experiment=other), Clock())
+    result = train_and_judge(replace(job, experiment=other), Clock())
     assert result is not None
     assert len(result["curves"]["loss"]) == 6
     assert result["settings"]["model"]["ratio"] == 4
 
 
 def test_rows_have_equal_parameters(job: Job) -> None:
-    maha = job_recipe(job)
-    sliding = job_recipe(replace(job, row="sliding"))
+    maha = prepare(job).recipe
+    sliding = prepare(replace(job, row="sliding")).recipe
     assert maha.model.intermediate_size == 64
     assert sliding.model.intermediate_size > 64
     assert sliding.settings["model"]["intermediate_size"] == sliding.model.intermediate_size
-    counts = [count_parameters(recipe.model) for recipe in (maha, sliding)]
+    counts = [count_parameters(recipe.model, MahaForCausalLM) for recipe in (maha, sliding)]
     assert counts[1] == pytest.approx(counts[0], rel=0.02)
 
 
@@ -115,4 +108,4 @@ def test_parameters_that_cannot_be_matched() -> None:
     with pytest.raises(
         ValueError, match=r"no feed-forward width gives 1,000 parameters within 2 %"
     ):
-        matched_width(config, 1000)
+        matched_width(config, 1000, MahaForCausalLM)
