@@ -12,7 +12,7 @@ from maha_attn.models import MahaConfig, MahaForCausalLM
 
 @pytest.mark.parametrize("queries", ["coarse", "fine"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_matrices_times_values_are_the_scales_outputs(queries: str, causal: bool) -> None:
+def test_matrices_times_values_weighed_are_the_layers_output(queries: str, causal: bool) -> None:
     torch.manual_seed(0)
     spec = AttentionSpec(
         **{"hidden_size": 16, "num_heads": 2, "num_scales": 3, "window": 4, "queries": queries},
@@ -20,15 +20,22 @@ def test_matrices_times_values_are_the_scales_outputs(queries: str, causal: bool
     )
     layer = MultiscaleAttention(spec).double()
     x = torch.randn(1, 27, 16, dtype=torch.float64)
-    outputs = layer._outputs(x, layer.v_proj(x), [], None, None, None)
+    y, info = layer(x, return_info=True)
     (values,) = layer.pyramid.scales([layer.v_proj(x)], None)
+    fused = torch.zeros(2, 27, 8, dtype=torch.float64)
     matrices = attention_matrices(layer, x)
     assert len(matrices) == 3
-    for matrix, value, output in zip(matrices, values, outputs, strict=True):
-        expected = torch.einsum("hnm,mhk->hnk", matrix, layer.split(value)[0])
-        torch.testing.assert_close(expected, output[0], rtol=0, atol=1e-12)
+    for s, (matrix, value) in enumerate(zip(matrices, values, strict=True)):
+        output = torch.einsum("hnm,mhk->hnk", matrix, layer.split(value)[0])
+        if queries == "coarse":
+            tokens = torch.arange(27)
+            block = (tokens + 1) // 2**s - 1 if causal else tokens // 2**s
+            output = output[:, block.clamp(min=0)]
+        fused += info.weights[0, :, :, s, None] * output
         sums = matrix.sum(-1)
         assert torch.all((sums - 1).abs().lt(1e-12) | sums.eq(0))
+    expected = layer.out_proj(fused.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(expected, y[0], rtol=0, atol=1e-12)
 
 
 def test_explained_text() -> None:
