@@ -25,7 +25,7 @@ def test_everything_that_exhibits_name_exists() -> None:
 
 
 def test_the_paper_is_covered() -> None:
-    names = [*("table1", "table2"), *(f"figure{i}" for i in range(2, 7)), "adaptivity"]
+    names = [*("table1", "table2"), *(f"figure{i}" for i in range(2, 7)), *("adaptivity", "cost")]
     assert list(exhibits()) == names
     assert all(list(known.budgets) == list(BUDGETS) for known in experiments().values())
 
@@ -35,9 +35,9 @@ def test_settings_add_up_from_the_experiment_to_the_row() -> None:
     assert flops.merged("linear-fine", "small")["queries"] == "fine"
     assert flops.merged("linear-fine", "small")["hidden_size"] == 768
     books = experiments()["books"]
-    assert books.merged("full", "smoke")["model.num_scales"] == 1
-    assert books.merged("full", "smoke")["train.max_steps"] == 6
-    assert "model.window" not in books.merged("full", "small")
+    assert books.merged("gate", "smoke")["model.fusion"] == "gate"
+    assert books.merged("gate", "smoke")["train.max_steps"] == 6
+    assert "model.window" not in books.merged("gate", "small")
 
 
 EXPERIMENT = {"title": "t", "kind": "flops", "budgets": {"small": {"seeds": [1]}}, "rows": {}}

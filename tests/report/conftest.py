@@ -69,4 +69,5 @@ def flops(pairs: Callable[[int], float]) -> dict[str, Any]:
     """A result of the kind flops."""
     values = [pairs(n) for n in LENGTHS]
     names = ("attention_flops", "layer_flops", "executed_pairs", "visible_pairs")
+    names += ("train_ms", "train_speedup", "train_sequences_per_s", "train_peak_bytes")
     return {"curves": {"length": LENGTHS, **{name: values for name in names}}}

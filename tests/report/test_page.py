@@ -20,8 +20,8 @@ def results(add: Add, tmp_path: Path) -> Path:
     for exhibit in exhibits().values():
         for part in exhibit.parts:
             for row in part.rows:
-                if part.experiment == "flops":
-                    add("flops", row, 0, **flops(lambda n: n**2))
+                if part.experiment in ("flops", "cost"):
+                    add(part.experiment, row, 0, **flops(lambda n: n**2))
                 elif row != "nash":
                     for seed in range(1, 1 + (part.seeds or 1)):
                         bits = 2 + 0.01 * len(row) + 0.001 * seed

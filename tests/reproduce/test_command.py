@@ -69,7 +69,8 @@ def test_a_time_limit_starts_nothing_more(
     with pytest.raises(SystemExit) as ended:
         main(["reproduce", "table1", "--budget", "smoke", "--time_limit", "0", *places])
     assert not ended.value.code
-    assert "16 left for the next time" in capsys.readouterr().out
+    assert "0 run(s) done" in (printed := capsys.readouterr().out)
+    assert "left for the next time" in printed
 
 
 def test_a_row_that_fails_does_not_take_the_others_along(
@@ -96,16 +97,30 @@ def test_a_row_that_fails_does_not_take_the_others_along(
 def test_jobs_are_each_wanted_once_and_first_seeds_come_first(tmp_path: Path) -> None:
     options = {"budget": "small", "device": torch.device("cpu"), "results": tmp_path}
     selection = Selection(**options, runs=tmp_path)
-    chosen = [exhibits()[name] for name in ("table1", "table2", "figure4")]
+    chosen = [exhibits()[name] for name in ("table2", "figure4")]
     todo = jobs(chosen, experiments(), selection)
     names = [(job.row, job.seed) for job in todo]
-    assert len(set(names)) == len(names) == 25  # 8 rows × 2 seeds, mean and static, a third seed
+    assert len(set(names)) == len(names) == 19  # 5 fusions × 3 seeds, 2 other rows × 2 seeds
     assert [seed for _, seed in names] == sorted(seed for _, seed in names)
     few = Selection(**options, runs=tmp_path, seeds=[7], rows=["gate", "convex"])
     assert [(job.row, job.seed) for job in jobs(chosen, experiments(), few)] == [
         ("gate", 7),
         ("convex", 7),
     ]
+
+
+def test_what_a_run_starts_from_comes_before_it(tmp_path: Path) -> None:
+    options = {"budget": "small", "device": torch.device("cpu"), "results": tmp_path}
+    selection = Selection(**options, runs=tmp_path, seeds=[2, 3], rows=["maha"])
+    todo = jobs([exhibits()["table1"]], experiments(), selection)
+    names = [(job.experiment.name, job.seed) for job in todo]
+    assert names.count(("mlm", 1)) == 1
+    assert names.index(("mlm", 1)) < names.index(("sst2", 2))
+    (base,) = (job for job in todo if job.experiment.name == "mlm")
+    assert base.keeps_model
+    tuned = [job for job in todo if job.experiment.pretrained]
+    assert {job.pretrained for job in tuned} == {base.folder}
+    assert {job.experiment.name for job in tuned} == {"sst2", "mnli", "squad"}
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,16 @@ Measure = Literal["value", "difference", "reduction", "slope"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: what it is called and how it differs from the experiment's recipe."""
+    """One line of a table: what it is called and how it differs from the experiment's recipe.
+
+    Attributes:
+        label: For people.
+        attention: The attention of every layer, by its name among the baselines.
+        settings: What differs beside.
+    """
 
     label: str
+    attention: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -56,7 +56,7 @@ def growth(selected: Sequence[Selected], options: dict[str, Any]) -> list[Panel]
         curves = results[0]["curves"]
         figure.add_scatter(
             x=curves["length"],
-            y=[y / scale for y in curves[name]],
+            y=[None if y is None else y / scale for y in curves[name]],
             name=part.experiment.rows[row].label,
             mode="lines+markers",
             line={"color": color, "dash": "dot" if row.endswith("bidirectional") else "solid"},

@@ -53,7 +53,7 @@ def part_table(selected: Selected) -> Table | None:
         claimed = part.claimed.get(name)
         rows.append(
             [
-                selected.experiment.rows[name].label,
+                selected.experiment.rows[name].label + _limits(results),
                 metric(first).text(claimed),
                 mean,
                 seeds,
@@ -74,6 +74,12 @@ def part_table(selected: Selected) -> Table | None:
         rows,
         _notes(selected),
     )
+
+
+def _limits(results: Sequence[Result]) -> str:
+    """What the row's attention cannot do, in brackets."""
+    limits = results[0].content.get("limits") if results else None
+    return f" ({limits})" if limits else ""
 
 
 def _statistics(results: Sequence[Result], column: str) -> tuple[str, str, str]:

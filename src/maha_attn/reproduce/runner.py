@@ -20,10 +20,11 @@ PACKAGES = ("maha-attn", "transformers", "tokenizers", "datasets", "accelerate",
 
 def kinds() -> dict[str, Callable[[Job, Clock], dict[str, Any] | None]]:
     """What each kind of experiment does with a run; None is returned when the clock stopped it."""
+    from maha_attn.reproduce.cost import measure_cost
     from maha_attn.reproduce.flops import count_flops
     from maha_attn.reproduce.training import train_and_judge
 
-    return {"flops": count_flops, "training": train_and_judge}
+    return {"cost": measure_cost, "flops": count_flops, "training": train_and_judge}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from maha_attn.baselines import ATTENTIONS
 from maha_attn.models import MahaConfig
 from maha_attn.reproduce.books import judge_on_books
 from maha_attn.reproduce.job import Clock, Job
@@ -93,6 +94,7 @@ def train_and_judge(job: Job, clock: Clock) -> dict[str, Any] | None:
             "rows": {name: len(rows) for name, rows in task.rows.items()},
         },
         "curves": curves,
+        "limits": ATTENTIONS[recipe.model.layer_type(0)].properties(),
     }
 
 
@@ -132,6 +134,10 @@ def _setup(job: Job, row: str) -> Setup:
         settings = {k: v for k, v in settings.items() if not k.startswith("model.")}
     overrides = [f"--{name}={_literal(value)}" for name, value in settings.items()]
     recipe = parse_recipe(_parser(raw["task"]), raw, experiment.recipe, overrides)
+    if (attention := experiment.rows[row].attention) and pretrained is None:
+        recipe.model.layer_types = [attention] * recipe.model.num_hidden_layers
+        recipe.model.validate_layer_type()
+        recipe.settings["model"]["layer_types"] = recipe.model.layer_types
     tokenizer = recipe.data.tokenizer or (pretrained and str(pretrained))
     task = _task(json.dumps(recipe.settings), tokenizer, experiment.recipe)
     set_vocabulary(recipe.model, task.tokenizer, pretrained)
