@@ -31,6 +31,7 @@ from maha_attn.reproduce.books import judge_on_books
 from maha_attn.reproduce.job import Clock, Job
 from maha_attn.tasks import Task
 from maha_attn.tasks.runs import find_task
+from maha_attn.training.checkpoint import RunError
 from maha_attn.training.model import build_model, saved_model, set_vocabulary, with_pretrained
 from maha_attn.training.recipe import Recipe, parse_recipe, read_recipe, recipe_parser
 from maha_attn.training.run_folder import RunFolder, create_run, resume_run
@@ -232,8 +233,8 @@ def _run_folder(job: Job, recipe: Recipe) -> RunFolder:
     if RunFolder(job.folder).last_checkpoint() is not None:
         try:
             return resume_run(str(job.folder), recipe.settings)
-        except ValueError:
-            pass  # Of other settings: begun anew.
+        except (ValueError, RunError):
+            pass  # Of other settings, or damaged: begun anew.
     return create_run(str(job.folder), recipe.settings, overwrite=True)
 
 
