@@ -55,8 +55,9 @@ def _third_party_imports(file: Path) -> set[str]:
 
 
 def test_extras_cover_every_import(checkout: Path) -> None:
-    brought = {  # by transformers, and by jsonargparse[signatures]
-        *("numpy", "huggingface-hub", "tqdm"),
+    brought = {  # by transformers, datasets, and jsonargparse[signatures]
+        *("numpy", "huggingface-hub", "safetensors", "tqdm"),
+        "pyarrow",
         *("yaml", "docstring-parser"),
     }
     gpu_only = {"triton", "flash-attn", "fla"}
