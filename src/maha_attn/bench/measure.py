@@ -199,7 +199,12 @@ def provenance(command: str, settings: Mapping[str, Any], device: torch.device) 
 
 
 def _commit() -> str | None:
-    """The commit measured, marked where files differ from it; $MAHA_COMMIT where git is not."""
+    """The commit measured, marked where files differ from it; $MAHA_COMMIT where that is set.
+
+    A tree that was copied to another machine knows its commit only by that variable.
+    """
+    if named := os.environ.get("MAHA_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -209,7 +214,7 @@ def _commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MAHA_COMMIT")
+        return None
 
 
 def benchmark(
