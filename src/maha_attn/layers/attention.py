@@ -213,7 +213,6 @@ class MultiscaleAttention(nn.Module):
         spec = self.spec
         if not chosen:
             return [], []
-        tokens = torch.arange(features[0].shape[1], device=features[0].device)
         queries, keys, tables = [], [], []
         for s in chosen:
             fine = spec.queries == "fine" and s > 0
@@ -223,7 +222,11 @@ class MultiscaleAttention(nn.Module):
                 q, k = self.project_qk(s, features[0 if fine else s], features[s])
             queries.append(q.transpose(1, 2))
             keys.append(k.transpose(1, 2))
-            tables.append(self.query_table(s, tokens) if fine else table)
+            if fine:
+                tokens = torch.arange(len(table), device=table.device)
+                tables.append(self.query_table(s, tokens))
+            else:
+                tables.append(table)
         masked = [self.pyramid.key_lengths(lengths, s) for s in chosen]
         return multiscale_attention(
             queries,

@@ -102,10 +102,12 @@ class _Stem(torch.autograd.Function):
             [dx, dvalues], direct, [x, base], built, weights[ctx.count :], lengths, ctx.ratio
         )
         tokens, dtokens, dweights = x.flatten(0, -2), dx.flatten(0, -2), []
-        for grad, weight in zip((dpacked, *dothers), weights[: ctx.count], strict=True):
+        needed = ctx.needs_input_grad[5:]  # A frozen weight costs no product.
+        operands = zip((dpacked, *dothers), weights[: ctx.count], strict=True)
+        for i, (grad, weight) in enumerate(operands):
             dweights.append(None)
             if grad is not None:
                 grad = grad.flatten(0, -2)
                 dtokens.addmm_(grad, weight)
-                dweights[-1] = grad.mT @ tokens
+                dweights[i] = grad.mT @ tokens if needed[i] else None
         return None, None, None, dx, None, *dweights, *doperators
