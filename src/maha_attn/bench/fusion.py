@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from maha_attn.bench.measure import DTYPES, alternate, ceilings, provenance
+from maha_attn.layers.fusion import fusion_options
+from maha_attn.spec import AttentionSpec
 
 PROBLEMS: dict[str, dict[str, Any]] = {
-    "mean": {"method": "mean"},
-    "gate": {"method": "gate"},
-    "convex, value": {"method": "convex"},
-    "convex, finest": {"method": "convex"},
-    "convex, τ = 0": {"method": "convex", "temperature": 0.0},
-    "nash": {"method": "nash"},
+    "mean": {"fusion": "mean"},
+    "gate": {"fusion": "gate"},
+    "convex, value": {"fusion": "convex"},
+    "convex, finest": {"fusion": "convex"},
+    "convex, τ = 0": {"fusion": "convex", "temperature": 0.0},
+    "nash": {"fusion": "nash"},
 }
 
 
@@ -38,13 +40,15 @@ class Problem:
     """
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
-        strides = [options.ratio**s for s in range(options.scales)]
-        channels = options.width // options.heads
+        spec = AttentionSpec(
+            hidden_size=options.width, num_heads=options.heads, num_scales=options.scales,
+            ratio=options.ratio, **PROBLEMS[name],
+        )  # fmt: skip
+        channels, method = spec.head_dim, spec.fusion
         draw = partial(self._draw, options)
         dtype = DTYPES[options.dtype]
-        self.outputs = [draw(options.length // stride, channels, dtype) for stride in strides]
+        self.outputs = [draw(options.length // stride, channels, dtype) for stride in spec.strides]
         self.tensors: dict[str, Tensor] = {}
-        method = PROBLEMS[name]["method"]
         if method in ("gate", "convex"):
             self.tensors["logits"] = draw(options.length, options.scales, torch.float32)
         if method == "convex":
@@ -56,7 +60,7 @@ class Problem:
             t.requires_grad_()
         if name == "convex, finest":
             self.tensors["target"] = self.outputs[0]
-        self.arguments = {"strides": strides, "causal": True, **PROBLEMS[name], **self.tensors}
+        self.options = fusion_options(spec)
         self.gradient = torch.randn_like(self.outputs[0])
         self.solved = method in ("convex", "nash")
 
@@ -72,7 +76,7 @@ class Problem:
         """With a graph."""
         from maha_attn.ops.triton.fusion import fuse
 
-        return fuse(self.outputs, **self.arguments, certified=False).output
+        return fuse(self.outputs, self.options, **self.tensors, certified=False).output
 
     def forward_alone(self) -> Tensor:
         """Without one."""

@@ -10,6 +10,7 @@ says why in its row. Ratios are against the fastest full attention of the same r
 import argparse
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maha_attn.bench.measure import DTYPES, MakeSide, Side, benchmark
+from maha_attn.layers.fusion import fusion_options
 from maha_attn.ops.fusion import fuse
 from maha_attn.ops.pyramid import coarse_length
 from maha_attn.ops.scale_attention import scale_attention
@@ -62,7 +64,7 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
     for _ in range(spec.num_scales - 1):
         lengths.append(coarse_length(lengths[-1], spec.ratio, causal=True))
     scales = [projected(n) for n in lengths if n > 0]
-    spans, strides = spec.spans[: len(scales)], spec.strides[: len(scales)]
+    spans = spec.spans[: len(scales)]
 
     def attend() -> list[Tensor]:
         return [scale_attention(*s, window=w) for s, w in zip(scales, spans, strict=True)]
@@ -70,9 +72,6 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
     logits = torch.randn(batch, length, heads, len(scales), device=device, dtype=dtype)
     logits = logits.transpose(1, 2).detach().requires_grad_()
     target = scales[0][2]
-
-    def fused(method: str, **problem: Any) -> Tensor:
-        return fuse(attend(), strides=strides, causal=True, method=method, **problem).output
 
     inputs = [t for scale in scales for t in scale]
     fine = scales[0]
@@ -83,6 +82,10 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
     def maha(run: Callable[[], Tensor], inputs: list[Tensor] = inputs) -> MakeSide:
         return lambda: Side(run, inputs)
 
+    def fused(tensors: dict[str, Any], inputs: list[Tensor], **changes: Any) -> MakeSide:
+        options = fusion_options(replace(spec, **changes))
+        return maha(lambda: fuse(attend(), options, **tensors).output, inputs)
+
     window = partial(scale_attention, *fine, window=options.window)
     sides: dict[str, MakeSide] = {name: partial(full, backend) for name, backend in FULL.items()}
     sides["FlexAttention window"] = partial(_flex_window, fine, options.window)
@@ -90,13 +93,13 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
     sides["native sparse attention (fla)"] = partial(_native_sparse, fine)
     sides["window"] = maha(window, fine)
     sides["MAHA attention, all scales"] = maha(lambda: _joined(attend()))
-    convex = {"method": "convex", "logits": logits, "target": target}
-    gated = [*inputs, logits]
-    sides["MAHA convex"] = maha(partial(fused, **convex), gated)
-    sides["MAHA convex, τ = 0"] = maha(partial(fused, **convex, temperature=0.0), gated)
-    sides["MAHA nash"] = maha(partial(fused, "nash"))
-    sides["MAHA gate"] = maha(partial(fused, "gate", logits=logits), gated)
-    sides["MAHA mean"] = maha(partial(fused, "mean"))
+    gated, gate = [*inputs, logits], {"logits": logits}
+    convex = gate | {"target": target}
+    sides["MAHA convex"] = fused(convex, gated, fusion="convex")
+    sides["MAHA convex, τ = 0"] = fused(convex, gated, fusion="convex", temperature=0.0)
+    sides["MAHA nash"] = fused({}, inputs, fusion="nash")
+    sides["MAHA gate"] = fused(gate, gated, fusion="gate")
+    sides["MAHA mean"] = fused({}, inputs, fusion="mean")
     return sides
 
 

@@ -4,8 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from maha_attn.layers.projection import project
-from maha_attn.ops.fusion import Fused, fuse, fuse_stacked
+from maha_attn.ops.fusion import Fused, FusionOptions, fuse, fuse_stacked
 from maha_attn.spec import AttentionSpec
+
+
+def fusion_options(spec: AttentionSpec) -> FusionOptions:
+    """``spec`` as `maha_attn.ops.fusion.fuse` takes it."""
+    return FusionOptions(
+        method=spec.fusion,
+        ridge=spec.ridge,
+        sparsity=spec.sparsity,
+        temperature=spec.temperature,
+        constraint=spec.constraint,
+        ratio=spec.ratio,
+        causal=spec.causal,
+        fine=spec.queries == "fine",
+        per_sequence=spec.granularity == "sequence",
+    )
 
 
 class ScaleFusion(nn.Module):
@@ -17,7 +32,7 @@ class ScaleFusion(nn.Module):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.options = spec, fusion_options(spec)
         heads, scales, width = spec.num_heads, spec.num_scales, spec.hidden_size
         kind = {"static": "static", "gate": "gate", "convex": spec.prior}.get(spec.fusion, "none")
         self.logits = nn.Parameter(torch.empty(heads, scales)) if kind != "none" else None
@@ -59,30 +74,28 @@ class ScaleFusion(nn.Module):
         """
         return fuse(
             outputs,
-            strides=self.spec.strides[: len(outputs)],
-            fine=self.spec.queries == "fine",
-            causal=self.spec.causal,
+            self.options,
             lengths=lengths,
-            per_sequence=self.spec.granularity == "sequence",
             certified=certified,
             backend=self.spec.backend,
-            **self._problem(projected, values, outputs[0], len(outputs)),
+            **self._tensors(projected, values, outputs[0], len(outputs)),
         )
 
     def step(self, stacked: Tensor, available: Tensor, x: Tensor, values: Tensor) -> Fused:
         """`forward` for outputs ``[B, H, N, S, K]`` that are upsampled already (decoding)."""
         projected = project(x, self.projections)
-        problem = self._problem(projected, values, stacked[..., 0, :], stacked.shape[3])
-        return fuse_stacked(stacked, available, **problem)
+        tensors = self._tensors(projected, values, stacked[..., 0, :], stacked.shape[3])
+        return fuse_stacked(stacked, available, self.options, **tensors)
 
     @property
     def projections(self) -> list[nn.Linear]:
         """What the problem takes from the tokens: the gate and the target, where there are any."""
         return [module for module in (self.gate_proj, self.target_proj) if module is not None]
 
-    def _problem(
+    def _tensors(
         self, projected: list[Tensor], values: Tensor, finest: Tensor, num_scales: int
-    ) -> dict:
+    ) -> dict[str, Tensor | None]:
+        """The tensors of the tokens' problems, as `fuse` names them."""
         spec, parts = self.spec, iter(projected)
         logits = None
         if self.logits is not None:
@@ -96,13 +109,5 @@ class ScaleFusion(nn.Module):
                 target = next(parts).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
             else:
                 target = {"value": values, "finest": finest}.get(spec.target)
-        return {
-            "method": spec.fusion,
-            "logits": logits,
-            "target": target,
-            "gram_scale": None if self.log_gram is None else self.log_gram.exp(),
-            "ridge": spec.ridge,
-            "sparsity": spec.sparsity,
-            "temperature": spec.temperature,
-            "constraint": spec.constraint,
-        }
+        gram_scale = None if self.log_gram is None else self.log_gram.exp()
+        return {"logits": logits, "target": target, "gram_scale": gram_scale}

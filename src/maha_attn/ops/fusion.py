@@ -7,6 +7,7 @@ Inside, tokens stand before heads, ``[B, N, H, …]``, as attention and projecti
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,39 @@ from maha_attn.ops.qp import solve_qp
 
 _TILE = 1024
 """Tokens of a batch that a CPU fuses together: their rows stay in its cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionOptions:
+    """What all fusions of a layer have in common.
+
+    Attributes:
+        method: What the weights of a token and head are:
+
+            - ``mean``: equal over the available scales;
+            - ``static``, ``gate``: softmax of the logits;
+            - ``convex`` (Eq. 7): ``min ½wᵀMw - (b + a - λ)ᵀw + τ Σ w log w`` with
+              ``M = γG + ρI``, ``b = Uy/√K``, over ``constraint``;
+            - ``nash`` (Eq. 8): the equilibrium of ``c_s(w) = ½‖u_s - Σ_k w_k u_k‖²/√K + λw_s +
+              ½ρw_s²`` over the box, which solves ``M = G + ρI``, ``q = diag(G) - λ``.
+        ridge, sparsity, temperature: ``ρ``, ``λ`` and ``τ``.
+        constraint: The set of ``convex``: ``simplex`` or ``capped``.
+        ratio: ``r``; scale ``s`` has stride ``r^s``.
+        causal: Upsampling and availability as in formulation §3.
+        fine: Every token queried every scale: nothing to upsample.
+        per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
+            per row and head.
+    """
+
+    method: str
+    ridge: float
+    sparsity: float
+    temperature: float
+    constraint: str
+    ratio: int
+    causal: bool
+    fine: bool
+    per_sequence: bool
 
 
 class Fused(NamedTuple):
@@ -38,45 +72,25 @@ class Fused(NamedTuple):
 
 def fuse(
     outputs: Sequence[Tensor],
+    options: FusionOptions,
     *,
-    strides: Sequence[int],
-    causal: bool,
-    method: str,
-    fine: bool = False,
     logits: Tensor | None = None,
     target: Tensor | None = None,
     gram_scale: Tensor | None = None,
-    ridge: float = 1e-2,
-    sparsity: float = 0.0,
-    temperature: float = 1.0,
-    constraint: str = "simplex",
     lengths: Tensor | None = None,
-    per_sequence: bool = False,
     certified: bool = True,
     backend: str = "auto",
 ) -> Fused:
     """Upsample every scale's output, choose its weights, combine.
 
     Args:
-        outputs: Per scale ``[B, H, N_s, K]``, or ``[B, H, N, K]`` each where ``fine``.
-        strides: ``r^s`` of each scale; the first is 1.
-        causal: Upsampling and availability as in formulation §3.
-        fine: Every token queried every scale: nothing to upsample.
-        method: One of
-
-            - ``mean``: equal weights over the available scales;
-            - ``static``, ``gate``: softmax of ``logits``;
-            - ``convex`` (Eq. 7): ``min ½wᵀMw - (b + a - λ)ᵀw + τ Σ w log w`` with
-              ``M = γG + ρI``, ``b = Uy/√K``, over ``constraint``;
-            - ``nash`` (Eq. 8): the equilibrium of ``c_s(w) = ½‖u_s - Σ_k w_k u_k‖²/√K + λw_s +
-              ½ρw_s²`` over the box, which solves ``M = G + ρI``, ``q = diag(G) - λ``.
+        outputs: Per scale ``[B, H, N_s, K]``, finest first, or ``[B, H, N, K]`` each where
+            ``options.fine``.
+        options: The layer's.
         logits: The logits, or ``convex``'s prior ``a``; broadcastable to ``[B, H, N, S]``.
-        target: ``y``, ``[B, H, N, K]``; None: ``b = 0``.
-        gram_scale: ``γ ≥ 0``, ``[H]``; None: 1.
-        ridge, sparsity, temperature, constraint: See above.
-        lengths: ``[B]`` real tokens of each row; used by ``per_sequence`` alone.
-        per_sequence: Average ``G``, ``b`` and the logits over each row's tokens: one weight vector
-            per row and head.
+        target: ``y`` of ``convex``, ``[B, H, N, K]``; None: ``b = 0``.
+        gram_scale: ``γ ≥ 0`` of ``convex``, ``[H]``; None: 1.
+        lengths: ``[B]`` real tokens of each row; used by ``options.per_sequence`` alone.
         certified: Return ``residual`` and ``status``; without, their time is saved.
         backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
             and weights per token.
@@ -84,47 +98,55 @@ def fuse(
     Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. No scale is
     upsampled in full.
     """
-    first = outputs[0]
-    options = {
-        "method": method,
-        "logits": logits,
-        "target": target,
-        "gram_scale": gram_scale,
-        "ridge": ridge,
-        "sparsity": sparsity,
-        "temperature": temperature,
-        "constraint": constraint,
-    }
-    power_of_2 = len(outputs) == 1 or strides[1] & (strides[1] - 1) == 0
-    if power_of_2 and not per_sequence and use_triton(backend, *outputs, width=first.shape[-1]):
+    first, ratio, causal = outputs[0], options.ratio, options.causal
+    served = ratio & (ratio - 1) == 0 and not options.per_sequence
+    if served and use_triton(backend, *outputs, width=first.shape[-1]):
         from maha_attn.ops.triton import fusion as kernels
 
         return kernels.fuse(
-            outputs, strides=strides, causal=causal, fine=fine, certified=certified, **options
+            outputs,
+            options,
+            logits=logits,
+            target=target,
+            gram_scale=gram_scale,
+            certified=certified,
         )
-    available = availability(tuple(strides), first.shape[2], causal=causal, device=first.device)
+    strides = tuple(ratio**s for s in range(len(outputs)))
+    available = availability(strides, first.shape[2], causal=causal, device=first.device)
     tokens = [u.transpose(1, 2) for u in outputs]
     with _full_precision(first):
-        if fine or len(outputs) == 1:
+        if options.fine or len(outputs) == 1:
             scales = _Stacked(torch.stack(tokens, 3))
         else:
             scales = _Tiles(tokens, strides, causal=causal)
-        shares = _token_shares(lengths, first) if per_sequence else None
-        fused = _fuse(scales, available[None, None], shares=shares, certified=certified, **options)
+        shares = _token_shares(lengths, first) if options.per_sequence else None
+        available = available[None, None]
+        fused = _fuse(
+            scales, available, options, logits, target, gram_scale, shares, certified=certified
+        )
     return fused._replace(output=fused.output.to(first.dtype))
 
 
-def fuse_stacked(stacked: Tensor, available: Tensor, **options) -> Fused:
-    """`fuse` for outputs that are upsampled already, as in decoding.
+def fuse_stacked(
+    stacked: Tensor,
+    available: Tensor,
+    options: FusionOptions,
+    *,
+    logits: Tensor | None = None,
+    target: Tensor | None = None,
+    gram_scale: Tensor | None = None,
+) -> Fused:
+    """`fuse` for outputs that are upsampled already, as in decoding: each token has its weights.
 
     Args:
         stacked: ``U``, ``[B, H, N, S, K]``.
         available: bool, broadcastable to ``[B, H, N, S]``.
-        options: ``method`` and what follows it in `fuse`, up to ``constraint``, all of them.
+        options, logits, target, gram_scale: As in `fuse`.
     """
     available = available[(None,) * (4 - available.dim())]
     with _full_precision(stacked):
-        fused = _fuse(_Stacked(stacked.transpose(1, 2)), available, **options)
+        scales = _Stacked(stacked.transpose(1, 2))
+        fused = _fuse(scales, available, options, logits, target, gram_scale)
     return fused._replace(output=fused.output.to(stacked.dtype))
 
 
@@ -219,20 +241,16 @@ class _Tiles:
 def _fuse(
     scales: _Stacked | _Tiles,
     available: Tensor,
-    *,
-    method: str,
+    options: FusionOptions,
     logits: Tensor | None,
     target: Tensor | None,
     gram_scale: Tensor | None,
-    ridge: float,
-    sparsity: float,
-    temperature: float,
-    constraint: str,
     shares: Tensor | None = None,
+    *,
     certified: bool = True,
 ) -> Fused:
     """`fuse` of any representation; ``shares`` ``[B, N, 1, 1]`` average over each row's tokens."""
-    residual = status = None
+    method, sparsity, residual, status = options.method, options.sparsity, None, None
     available = available.transpose(1, 2)
     logits = None if logits is None else logits.transpose(1, 2)
     if shares is not None:
@@ -249,12 +267,12 @@ def _fuse(
             if gram_scale is not None:
                 scale = scale * gram_scale.to(gram.dtype)[:, None, None]
         matrix = gram * scale
-        matrix.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(options.ridge)
         solution = solve_qp(
             _mean(matrix, None if shares is None else shares[..., None]),
             _mean(linear.expand(scales.shape), shares),
-            constraint="box" if method == "nash" else constraint,
-            temperature=0.0 if method == "nash" else temperature,
+            constraint="box" if method == "nash" else options.constraint,
+            temperature=0.0 if method == "nash" else options.temperature,
             available=available,
             certified=certified,
         )

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from maha_attn.ops.fusion import Fused
+from maha_attn.ops.fusion import Fused, FusionOptions
 from maha_attn.ops.triton.fusion_backward import backward_kernel
 from maha_attn.ops.triton.fusion_forward import forward_kernel
 
@@ -50,35 +50,26 @@ def _tile(
 
 def fuse(
     outputs: Sequence[Tensor],
+    options: FusionOptions,
     *,
-    strides: Sequence[int],
-    causal: bool,
-    method: str,
-    fine: bool = False,
     logits: Tensor | None = None,
     target: Tensor | None = None,
     gram_scale: Tensor | None = None,
-    ridge: float = 1e-2,
-    sparsity: float = 0.0,
-    temperature: float = 1.0,
-    constraint: str = "simplex",
     certified: bool = True,
 ) -> Fused:
     """`maha_attn.ops.fusion.fuse` by one kernel, differentiable once; every token has its weights.
 
-    Any memory strides but the last, which is made 1 by a copy where it is not. ``strides`` are
-    powers of a ratio that is itself a power of 2. The output lies in memory as ``[B, N, H, K]``,
-    the weights as ``[B, N, H, S]``.
+    Any memory strides but the last, which is made 1 by a copy where it is not. The output lies in
+    memory as ``[B, N, H, K]``, the weights as ``[B, N, H, S]``.
 
     Args:
-        outputs, strides, causal, method, fine, logits, target, gram_scale, ridge, sparsity,
-            temperature, constraint: As there. ``target=outputs[0]`` is recognised, not read twice.
+        outputs, options, logits, target, gram_scale: As there; the ratio is a power of 2.
+            ``target=outputs[0]`` is recognised, not read twice.
         certified: Also return ``residual`` and ``status``.
 
     Numerics: products, problems and weights in fp32. Gradients are summed in one order.
     """
-    ratio = strides[1] if len(strides) > 1 else 2
-    assert tuple(strides) == tuple(ratio**s for s in range(len(outputs)))
+    method, ratio = options.method, options.ratio
     assert ratio & (ratio - 1) == 0
     convex, nash = method == "convex", method == "nash"
     finest = convex and target is outputs[0]
@@ -94,14 +85,14 @@ def fuse(
         logits,
         gram_scale if convex else None,
         method,
-        "box" if nash else constraint,
+        "box" if nash else options.constraint,
         ratio,
-        causal,
-        fine,
+        options.causal,
+        options.fine,
         finest,
-        ridge,
-        sparsity,
-        0.0 if nash else temperature,
+        options.ridge,
+        options.sparsity,
+        0.0 if nash else options.temperature,
         certified,
     )
     return Fused(output, weights, residual if certified else None, status if certified else None)
