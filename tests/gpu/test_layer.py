@@ -17,7 +17,8 @@ from maha_attn.ops.triton import (
     fusion_forward,
     pyramid,
     rotary,
-    scale_attention,
+    scale_attention_backward,
+    scale_attention_forward,
 )
 
 pytestmark = pytest.mark.gpu
@@ -128,7 +129,8 @@ def test_trains_under_autocast():
 def compiled_kernels():
     """How many times the kernels have been compiled in this process."""
     device, count = torch.cuda.current_device(), 0
-    for module in (fusion_forward, fusion_backward, pyramid, rotary, scale_attention):
+    attention = (scale_attention_forward, scale_attention_backward)
+    for module in (fusion_forward, fusion_backward, pyramid, rotary, *attention):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 count += len(kernel.device_caches[device][0])

@@ -16,16 +16,17 @@ from maha_attn.ops import scale_attention
 from maha_attn.ops.multiscale_attention import multiscale_attention
 from maha_attn.ops.rotary import rotary_table
 from maha_attn.ops.triton import scale_attention as kernels
+from maha_attn.ops.triton import scale_attention_tiling as tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 composed = partial(scale_attention.scale_attention, backend="torch")
-TINY = kernels._Tiles(16, 16, 4, 2)
+TINY = tiling._Tiles(16, 16, 4, 2)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Small tiles, so that short sequences have several."""
-    monkeypatch.setattr(kernels, "_tiles", lambda *_: TINY)
+    monkeypatch.setattr(tiling, "_tiles", lambda *_: TINY)
 
 
 def make(length, keys, width=8, batch=1, dtype=torch.float32):
@@ -60,7 +61,7 @@ def compare(inputs, real=None, tolerance=2e-6, **options):
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("window", [1, 5, 33, None])
 def test_equals_the_composed_operators(window, stride, causal, narrow, monkeypatch):
-    monkeypatch.setattr(kernels, "NARROW_KEYS", 10**9 if narrow else 0)
+    monkeypatch.setattr(tiling, "NARROW_KEYS", 10**9 if narrow else 0)
     for length in (1, 50):
         keys = length // stride if causal else -(-length // stride)
         if keys:
