@@ -62,15 +62,26 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
-        tokens = x.flatten(0, -2)
-        dx, dws = None, []
-        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            dws.append(None)
-            if grad is None:
-                continue
-            grad = grad.flatten(0, -2)
-            if ctx.needs_input_grad[0]:
-                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-            if ctx.needs_input_grad[1 + i]:
-                dws[i] = grad.mT @ tokens
-        return None if dx is None else dx.view_as(x), *dws
+        dx, dweights = product_gradients(x, weights, grads, ctx.needs_input_grad)
+        return None if dx is None else dx.view_as(x), *dweights
+
+
+def product_gradients(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """``Σ ȳ_i W_i`` ``[tokens, D]`` and every ``ȳ_iᵀx``, for ``(xW_1ᵀ, xW_2ᵀ, …)``.
+
+    ``needed``: of ``x``, then of each weight; what is not needed costs no product. Each product is
+    added to the sum before it, the first to ``dx`` (in place), where there is one.
+    """
+    tokens, dweights = x.flatten(0, -2), []
+    for weight, grad, need in zip(weights, grads, needed[1:], strict=True):
+        grad = None if grad is None else grad.flatten(0, -2)
+        if grad is not None and needed[0]:
+            dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+        dweights.append(grad.mT @ tokens if grad is not None and need else None)
+    return dx, dweights

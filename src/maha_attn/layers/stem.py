@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maha_attn.layers.projection import autocast, plain_weights, project
+from maha_attn.layers.projection import autocast, plain_weights, product_gradients, project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.ops.backend import use_triton
 
@@ -101,13 +101,8 @@ class _Stem(torch.autograd.Function):
         doperators = backward_into(
             [dx, dvalues], direct, [x, base], built, weights[ctx.count :], lengths, ctx.ratio
         )
-        tokens, dtokens, dweights = x.flatten(0, -2), dx.flatten(0, -2), []
-        needed = ctx.needs_input_grad[5:]  # A frozen weight costs no product.
-        operands = zip((dpacked, *dothers), weights[: ctx.count], strict=True)
-        for i, (grad, weight) in enumerate(operands):
-            dweights.append(None)
-            if grad is not None:
-                grad = grad.flatten(0, -2)
-                dtokens.addmm_(grad, weight)
-                dweights[i] = grad.mT @ tokens if needed[i] else None
+        needed = (True, *ctx.needs_input_grad[5 : 5 + ctx.count])
+        _, dweights = product_gradients(
+            x, weights[: ctx.count], (dpacked, *dothers), needed, dx.flatten(0, -2)
+        )
         return None, None, None, dx, None, *dweights, *doperators
