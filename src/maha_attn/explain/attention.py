@@ -24,7 +24,7 @@ def attention_matrices(layer: MultiscaleAttention, x: Tensor) -> list[Tensor]:
     """
     spec = layer.spec
     (scales,) = layer.pyramid.scales([x], None)
-    features = layer.pyramid.convolved(layer.pyramid.gated(scales), None)
+    features = layer.pyramid.features(scales, None)
     tokens = torch.arange(x.shape[1], device=x.device)
     table = layer.table(tokens)
     matrices = []

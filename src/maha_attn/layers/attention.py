@@ -185,14 +185,14 @@ class MultiscaleAttention(nn.Module):
 
         def coarse(x: Tensor, base: Tensor) -> list[Tensor]:
             scales, values = self.pyramid.scales([x, base], lengths)
-            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
+            features = self.pyramid.features(scales, lengths)
             return self._attend(range(1, len(scales)), features, values, table, lengths)[0]
 
         rebuilt = checkpoint(coarse, x, base, use_reentrant=False, preserve_rng_state=False)
         features = [x]
         if self.spec.gating or self.spec.dilation:
             (scales,) = self.pyramid.scales([x], lengths)
-            features = self.pyramid.convolved(self.pyramid.gated(scales), lengths)
+            features = self.pyramid.features(scales, lengths)
         outputs, _ = self._attend(range(1), features, [base], table, lengths)
         return [*outputs, *rebuilt]  # pyright: ignore[reportGeneralTypeIssues]
 

@@ -72,6 +72,10 @@ class ScalePyramid(nn.Module):
             backend=spec.backend,
         )
 
+    def features(self, scales: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
+        """What queries and keys of every scale are made of."""
+        return self.convolved(self.gated(scales), lengths)
+
     def gated(self, scales: list[Tensor]) -> list[Tensor]:
         """``σ(W_g X_{s+1}) ⊙ X_s`` (or ``X_s`` without gating), the coarsest as it is."""
         spec, gated = self.spec, list(scales)
