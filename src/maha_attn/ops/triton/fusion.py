@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from maha_attn.ops.fusion import Fused, FusionOptions
 from maha_attn.ops.triton.fusion_backward import backward_kernel
 from maha_attn.ops.triton.fusion_forward import forward_kernel
+from maha_attn.ops.triton.memory import empty_by_token, unit_last
 
 
 class _Tile(NamedTuple):
@@ -80,8 +81,8 @@ def fuse(
         logits = None
     certified = certified and (convex or nash)
     output, weights, residual, status = _fuse(
-        [_unit_last(u) for u in outputs],
-        _unit_last(target) if target is not None and convex and not finest else None,
+        [unit_last(u) for u in outputs],
+        unit_last(target) if target is not None and convex and not finest else None,
         logits,
         gram_scale if convex else None,
         method,
@@ -127,11 +128,11 @@ def _fuse_backward(
     causal: bool, fine: bool, finest: bool, ridge: float, temperature: float, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the outputs, then those that ``needs`` names of target, logits, gram_scale."""
-    do = _unit_last(do)
+    do = unit_last(do)
     (batch, heads, length, width), shift = do.shape, int(causal)
     tile = _tile("backward", method, heads, width, len(outputs), outputs[0].dtype)
     num_tiles = triton.cdiv(length + shift, tile.tokens)
-    du = [_empty_like(u) for u in outputs]
+    du = [empty_by_token(u) for u in outputs]
     dy, dlogits, dgamma = _small_gradients(do, target, weights, gram_scale, needs)
     shares = {}  # of blocks longer than a tile: one row a tile
     for s, u in enumerate(outputs):
@@ -187,16 +188,6 @@ def _strides(t: Tensor | None, count: int = 3) -> tuple[int, ...] | None:
     return None if t is None else t.stride()[:count]
 
 
-def _unit_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    """``[B, H, N, C]`` over ``[B, N, H, C]`` memory."""
-    batch, heads, length, width = t.shape
-    return t.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
 def _empty_fused(
     outputs: Sequence[Tensor], certified: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +196,7 @@ def _empty_fused(
     shape = u.shape[:3] if certified else (0,)
     residual = u.new_empty(shape, dtype=torch.float32)
     return (
-        _empty_like(u),
+        empty_by_token(u),
         weights.transpose(1, 2),
         residual,
         residual.new_empty(shape, dtype=torch.int8),
@@ -217,8 +208,8 @@ def _small_gradients(
 ) -> list[Tensor | None]:
     """Room for the gradients of target, logits and gram_scale that ``needs`` names."""
     return [
-        _empty_like(target) if needs[0] and target is not None else None,
-        _empty_like(weights) if needs[1] else None,
+        empty_by_token(target) if needs[0] and target is not None else None,
+        empty_by_token(weights) if needs[1] else None,
         torch.empty_like(gram_scale) if needs[2] and gram_scale is not None else None,
     ]
 
@@ -262,7 +253,7 @@ def _(
     needs,
 ):
     small = _small_gradients(do, target, weights, gram_scale, needs)
-    return [*(_empty_like(u) for u in outputs), *(t for t in small if t is not None)]
+    return [*(empty_by_token(u) for u in outputs), *(t for t in small if t is not None)]
 
 
 def _save(ctx, inputs, output) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.pyramid import coarse_length
+from maha_attn.ops.triton.memory import unit_last
 
 _TOKENS, _CHANNELS = 2, 1024  # Of a tile.
 _STEPS = 16  # Tiles of a strip at most: their coarse tokens share one partial weight gradient.
@@ -158,7 +159,7 @@ def build(
     Numerics: products and sums in fp32, stored in the dtype of the tokens.
     """
     built = build_scales(
-        [_unit_last(x) for x in streams],
+        [unit_last(x) for x in streams],
         [w.contiguous() for w in weights],
         None if causal else lengths,
         steps,
@@ -266,8 +267,8 @@ def _step_backward(
     partial: Tensor, ends: Tensor | None, ratio: int,
 ) -> None:  # fmt: skip
     """From scale ``s + 1`` to ``s``: fill ``dx`` and the weight's ``partial`` gradients."""
-    dy = _unit_last(dy)
-    direct = None if direct is None else _unit_last(direct)
+    dy = unit_last(dy)
+    direct = None if direct is None else unit_last(direct)
     strips, steps = _strips(x, ratio)
     if x.numel():
         with torch.cuda.device_of(x):
@@ -296,10 +297,6 @@ def _constants(x: Tensor, weight: Tensor | None, ratio: int) -> dict[str, int]:
         "CHANNELS": _channels(x),
         "num_warps": max(_channels(x) // 256, 1),
     }
-
-
-def _unit_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _empty_levels(

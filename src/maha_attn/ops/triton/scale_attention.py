@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from maha_attn.ops.triton.memory import empty_by_token, unit_last
 from maha_attn.ops.triton.rotary import turn
 from maha_attn.ops.triton.scale_attention_backward import keys_kernel, queries_kernel
 from maha_attn.ops.triton.scale_attention_forward import forward_kernel
@@ -61,9 +62,9 @@ def multiscale_attention(
     """
     spans = [_span(w, k.shape[2], causal) for w, k in zip(windows, ks, strict=True)]
     results = _attend(
-        [_unit_last(t) for t in qs],
-        [_unit_last(t) for t in ks],
-        [_unit_last(t) for t in vs],
+        [unit_last(t) for t in qs],
+        [unit_last(t) for t in ks],
+        [unit_last(t) for t in vs],
         list(query_tables),
         key_table,
         list(lengths),
@@ -140,7 +141,7 @@ def _attend_backward(
             for gradient in (dq, dk, dv):
                 gradient.zero_()
             continue
-        do = _unit_last(do)
+        do = unit_last(do)
         table = query_tables[s] if query_tables else None
         _launch_backward(
             q, k, v, outputs[s], do, lses[s], lengths[s] if lengths else None, dq, dk, dv,
@@ -185,29 +186,19 @@ def _launch_backward(
                 turn(gradient, table, gradient, -1.0)
 
 
-def _unit_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    """``[B, H, N, K]`` over ``[B, N, H, K]`` memory."""
-    batch, heads, length, width = t.shape
-    return t.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
 def _empty_results(
     qs: Sequence[Tensor], ks: Sequence[Tensor], query_tables: Sequence[Tensor]
 ) -> tuple[list[Tensor], ...]:
     """Outputs, log-sum-exps, and, with tables, rotated queries and keys."""
     lses = [q.new_empty(q.shape[:3], dtype=torch.float32) for q in qs]
-    turned = ([_empty_like(t) for t in ts] if query_tables else [] for ts in (qs, ks))
-    return [_empty_like(q) for q in qs], lses, *turned
+    turned = ([empty_by_token(t) for t in ts] if query_tables else [] for ts in (qs, ks))
+    return [empty_by_token(q) for q in qs], lses, *turned
 
 
 def _empty_gradients(
     qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor]
 ) -> list[Tensor]:
-    return [_empty_like(t) for t in (*qs, *ks, *vs)]
+    return [empty_by_token(t) for t in (*qs, *ks, *vs)]
 
 
 @_attend.register_fake
