@@ -89,7 +89,7 @@ def addresses(
 def load(
     ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, AVAILABLE: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, POLICY: tl.constexpr = "",
 ):  # fmt: skip
     """A piece of a scale's output, zero where it does not exist or, fine, is not available."""
     pointers, exists = addresses(
@@ -98,14 +98,14 @@ def load(
     )  # fmt: skip
     if STRIDE < AVAILABLE:
         exists = exists & (tile * TOKENS + tl.arange(0, TOKENS)[:, None] >= AVAILABLE * SHIFT)
-    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=exists, other=0.0, eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit
 def load_scales(
     ptrs, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
     RATIO: tl.constexpr, FINE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, POLICY: tl.constexpr = "",
 ):  # fmt: skip
     """`load` for every scale."""
     result = ()
@@ -113,7 +113,7 @@ def load_scales(
         result = result + (
             load(
                 ptrs[s], strides[s], row, first_head, tile, piece, num_tokens,
-                TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH,
+                TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH, POLICY,
             ),
         )  # fmt: skip
     return result
@@ -233,3 +233,17 @@ def tile_weights(w, HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constex
         wide = tl.broadcast_to(heads, TOKENS, HEADS, PIECE)
         result = result + (tl.reshape(wide, TOKENS, HEADS * PIECE),)
     return result
+
+
+@triton.jit
+def split_tokens(x, PARTS: tl.constexpr):
+    """Tiles ``[T, C]`` by runs of ``T/PARTS`` tokens: of each run, a tuple of all tiles."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        first, second = (), ()
+        for s in tl.static_range(len(x)):
+            halves = tl.reshape(x[s], 2, x[s].shape[0] // 2, x[s].shape[1])
+            early, late = tl.split(tl.permute(halves, 1, 2, 0))
+            first, second = first + (early,), second + (late,)
+        return split_tokens(first, PARTS // 2) + split_tokens(second, PARTS // 2)
