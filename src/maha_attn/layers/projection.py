@@ -34,9 +34,9 @@ def plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast, where it is on, gives to a projection's operands."""
     device = x.device.type
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or device == "meta":  # Which has no autocast to ask for.
         return x
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
