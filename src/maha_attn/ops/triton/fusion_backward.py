@@ -103,13 +103,13 @@ def backward_kernel(
             part_w = parts_w[part]
             left = load(
                 do_ptr, do_strides, row, first_head, at, piece, num_tokens,
-                PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, "evict_first",
+                PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
             )  # fmt: skip
             if QP:
                 part_a = parts_a[part]
                 u = load_scales(
                     u_ptrs, u_strides, row, first_head, at, piece, num_tokens,
-                    RATIO, FINE, PART, SHIFT, HEADS, PIECE, WIDTH, "evict_first",
+                    RATIO, FINE, PART, SHIFT, HEADS, PIECE, WIDTH, True,
                 )  # fmt: skip
                 dy = combine(part_a, u, PART) * scale
                 left -= tile_gamma * dy
@@ -124,7 +124,7 @@ def backward_kernel(
                 elif y_ptr is not None:
                     y = load(
                         y_ptr, y_strides, row, first_head, at, piece, num_tokens,
-                        PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
+                        PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
                     )  # fmt: skip
                     right += y * scale
             old = sums
