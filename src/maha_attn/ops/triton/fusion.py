@@ -24,16 +24,12 @@ from maha_attn.ops.triton.memory import empty_by_token, unit_last
 
 
 class _Tile(NamedTuple):
-    """What a program takes: ``heads · tokens`` problems, and their channels by pieces.
-
-    The backward pass turns the solutions into gradients in ``parts`` runs of the tokens.
-    """
+    """What a program takes: ``heads · tokens`` problems, and their channels by pieces."""
 
     heads: int
     tokens: int
     piece: int
     registers: int | None
-    parts: int
 
 
 def _tile(
@@ -43,8 +39,6 @@ def _tile(
 
     Eight heads exchange fewer sums, but half lines cost more than that: the mean's backward pass
     took twice as long. Bounding the registers trades spills for more programs at once.
-    Gradients of half of the tokens at a time spill at most 32 bytes a lane (S=4, bf16, sm_90), of
-    all at once up to 184.
     """
     heads = math.gcd(num_heads, 4)
     lanes = 32 // heads
@@ -52,7 +46,7 @@ def _tile(
     registers = None
     if kernel == "forward" and scales <= 4:
         registers = 168 if method == "convex" else 128
-    return _Tile(heads, lanes, piece, registers, 2)
+    return _Tile(heads, lanes, piece, registers)
 
 
 def fuse(
@@ -159,7 +153,6 @@ def _fuse_backward(
             dlogits, _strides(dlogits, 4), gamma_shares,
             length, heads, num_tiles, width**-0.5, ridge, temperature,
             **_constants(method, constraint, temperature, finest, ratio, fine, causal, width, tile),
-            PARTS=tile.parts,
         )  # fmt: skip
     for s, share in shares.items():
         blocks = share.unflatten(2, (du[s].shape[2] + shift, -1))[:, :, shift:]
