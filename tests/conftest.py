@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, and where the data samples are."""
 
+import gzip
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data samples in {folder}; set MAHA_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def novel() -> str:
+    """A book that the package ships."""
+    from maha_attn.data.files import find_files
+
+    (file,) = find_files("embedded:alice_in_wonderland")
+    return gzip.decompress(file.read_bytes()).decode()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,5 @@
 """Two GPUs train as one does, with copies and with a divided model, and exchange checkpoints."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from maha_attn.data.files import find_files
 
 pytestmark = pytest.mark.gpu
 
@@ -26,10 +23,6 @@ generation: {max_new_tokens: 1}
 """
 
 
-def novel() -> str:
-    return gzip.decompress(find_files("embedded:alice_in_wonderland")[0].read_bytes()).decode()
-
-
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -37,9 +30,9 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(
-    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, novel: str
 ) -> None:
-    (tmp_path / "book.txt").write_text(novel()[:30000])
+    (tmp_path / "book.txt").write_text(novel[:30000])
     (tmp_path / "small.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     one_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}

@@ -77,7 +77,8 @@ def test_at_most_twice_the_error_of_low_precision(problem, length):
     plain = run(composed, outputs, options, tensors)
     ours = run(kernels.fuse, outputs, options, tensors)
     for i, (a, b, exact) in enumerate(zip(ours, plain, truth, strict=True)):
-        assert error(a, exact) <= (3 if i > 1 else 2) * error(b, exact) + 1e-5, i
+        rounding = 2e-6 if exact.any() else 1e-5  # Products that cancel leave more of it.
+        assert error(a, exact) <= (3 if i > 1 else 2) * error(b, exact) + rounding, i
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

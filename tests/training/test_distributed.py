@@ -1,6 +1,5 @@
 """Two processes on the CPU (gloo) train as one does, with copies and with a divided model."""
 
-import gzip
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import pytest
 from safetensors.torch import load_file
 
 from maha_attn.cli import main
-from maha_attn.data.files import find_files
 
 RECIPE = """
 task: language_modeling
@@ -27,15 +25,11 @@ generation: {max_new_tokens: 1}
 """
 
 
-def novel() -> str:
-    return gzip.decompress(find_files("embedded:alice_in_wonderland")[0].read_bytes()).decode()
-
-
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory, novel: str) -> Path:
     """A folder with runs of one process and of two."""
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "book.txt").write_text(novel()[:8000])
+    (folder / "book.txt").write_text(novel[:8000])
     (folder / "small.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

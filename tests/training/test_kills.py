@@ -1,14 +1,11 @@
 """Sixty times training is killed at a random moment; nothing is lost but the step it was in."""
 
-import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from maha_attn.data.files import find_files
 
 RECIPE = """
 task: language_modeling
@@ -21,13 +18,9 @@ train: {max_steps: 12, per_device_train_batch_size: 2, gradient_accumulation_ste
 """
 
 
-def novel() -> str:
-    return gzip.decompress(find_files("embedded:alice_in_wonderland")[0].read_bytes()).decode()
-
-
 @pytest.mark.parametrize("kills", [60, pytest.param(200, marks=pytest.mark.slow)])
-def test_every_kill_is_survived(tmp_path: Path, kills: int) -> None:
-    (tmp_path / "book.txt").write_text(novel()[:4000])
+def test_every_kill_is_survived(tmp_path: Path, kills: int, novel: str) -> None:
+    (tmp_path / "book.txt").write_text(novel[:4000])
     (tmp_path / "small.yaml").write_text(RECIPE)
     script = Path(__file__).with_name("kill_often.py")
     command = [sys.executable, str(script), str(tmp_path), str(kills), "0"]

@@ -1,7 +1,6 @@
 """Resuming, through the command line: the same run bit for bit, or a refusal that says why."""
 
 import errno
-import gzip
 import json
 import os
 import pickle
@@ -19,7 +18,6 @@ import yaml
 from safetensors import SafetensorError
 
 from maha_attn.cli import main
-from maha_attn.data.files import find_files
 from maha_attn.training import checkpoint as disk
 
 STEPS = 100
@@ -35,15 +33,11 @@ generation: {{max_new_tokens: 2}}
 """
 
 
-def novel() -> str:
-    return gzip.decompress(find_files("embedded:alice_in_wonderland")[0].read_bytes()).decode()
-
-
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory, novel: str) -> Path:
     """A folder with a recipe, its text, and a run of a hundred steps and several epochs."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "book.txt").write_text(novel()[:8000])
+    (folder / "book.txt").write_text(novel[:8000])
     (folder / "small.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -147,6 +147,7 @@ class Bench:
             side = self._side(name, length)
             if torch.device(options.device).type == "cuda":
                 side.train()  # Kernels are compiled here, which is no part of a pass.
+                _wait(options.device)
             start = time.perf_counter()
             with limited_time(options.limit):
                 side.forward()
