@@ -1,7 +1,7 @@
 """``--gpu-results FILE``: what passed on which GPU, as a result file that can be committed.
 
-``pytest -p no:benchmark -n 6 tests/gpu --gpu-results results/gpu-tests.json``: six processes need
-about 70 GB of GPU memory and five minutes. Failures go to stderr at once.
+``pytest -p no:benchmark -n 6 --dist worksteal tests/gpu --gpu-results results/gpu-tests.json``: six
+processes need about 70 GB of GPU memory and six minutes. Failures go to stderr at once.
 """
 
 import json

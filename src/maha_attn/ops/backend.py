@@ -15,6 +15,7 @@ from torch import Tensor
 MAX_WIDTH = 256
 """Widest head of the kernels: a tile of it still fits into shared memory."""
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
@@ -50,7 +51,7 @@ def unsupported(*tensors: Tensor, width: int | None = None) -> str | None:
     device = tensors[0].device
     if any(t.device != device for t in tensors):
         return f"inputs lie on several devices: {', '.join(str(t.device) for t in tensors)}"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -16,6 +16,7 @@ from maha_attn.ops.triton.fusion_tile import (
     place,
     problem,
     small,
+    split_tokens,
     sum_blocks,
     tile_weights,
     upsample,
@@ -32,13 +33,16 @@ def backward_kernel(
     METHOD: tl.constexpr, CONSTRAINT: tl.constexpr, SOFT: tl.constexpr, FINEST: tl.constexpr,
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients from the weights alone.
 
     With ``a = q̄`` (`small_qp.adjoint`) and ``A = Σ_s a_s u_s``: ``ȳ = A/√K``, ``γ̄ = -aᵀGw``, and
     ``ū_s = w_s (Ō* - γA/√K) + a_s (y - γO*)/√K``; Nash has ``2u_s`` for ``y`` and 1 for γ. A
-    block's gradient is summed in registers over its tokens in the tile; where a block spans several
-    tiles, each writes its share, in fp32, and `_fuse_backward` adds them up.
+    block's gradient is summed in registers over its tokens in the tile, one of ``PARTS`` runs of
+    tokens after the other; where a block spans several tiles, each writes its share, in fp32, and
+    `_fuse_backward` adds them up. Gradients read everything again, from the cache: another eviction
+    policy than the first time keeps the compiler from holding it in registers.
     """
     S: tl.constexpr = len(u_ptrs)
     QP: tl.constexpr = METHOD == "convex" or METHOD == "nash"
@@ -88,53 +92,89 @@ def backward_kernel(
             tile_gamma = tl.load(
                 gamma_ptr + first_head + tl.arange(0, HEADS * PIECE)[None] // PIECE
             )
+    PART: tl.constexpr = TOKENS // PARTS
+    parts_w = split_tokens(tile_w, PARTS)
+    if QP:
+        parts_a = split_tokens(tile_a, PARTS)
     for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
-        left = load(
-            do_ptr, do_strides, row, first_head, tile, piece, num_tokens,
-            TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
-        )  # fmt: skip
-        if QP:
-            u = load_scales(
-                u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
-                RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        sums = ()
+        for part in tl.static_range(PARTS):
+            at = tile * PARTS + part
+            part_w = parts_w[part]
+            left = load(
+                do_ptr, do_strides, row, first_head, at, piece, num_tokens,
+                PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
             )  # fmt: skip
-            dy = combine(tile_a, u, TOKENS) * scale
-            left -= tile_gamma * dy
-            if dy_ptr is not None:
-                _store_blocks(
-                    dy_ptr, dy_strides, dy, row, first_head, tile, piece, num_tokens,
-                    1, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
-                )  # fmt: skip
-            right = -tile_gamma * scale * combine(tile_w, u, TOKENS)
-            if FINEST:
-                right += u[0] * scale
-            elif y_ptr is not None:
-                y = load(
-                    y_ptr, y_strides, row, first_head, tile, piece, num_tokens,
-                    TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
-                )  # fmt: skip
-                right += y * scale
-        for s in tl.static_range(S):
-            du = tile_w[s] * left
             if QP:
-                du += tile_a[s] * right
-                if METHOD == "nash":
-                    du += tile_a[s] * (2 * scale) * upsample(u[s], TOKENS)
-                if FINEST and s == 0:
-                    du += dy
-            _store_blocks(
-                du_ptrs[s], du_strides[s], du, row, first_head, tile, piece, num_tokens,
-                1 if FINE else RATIO**s, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
-            )  # fmt: skip
+                part_a = parts_a[part]
+                u = load_scales(
+                    u_ptrs, u_strides, row, first_head, at, piece, num_tokens,
+                    RATIO, FINE, PART, SHIFT, HEADS, PIECE, WIDTH, True,
+                )  # fmt: skip
+                dy = combine(part_a, u, PART) * scale
+                left -= tile_gamma * dy
+                if dy_ptr is not None:
+                    _store(
+                        dy_ptr, dy_strides, dy, row, first_head, at, piece, num_tokens,
+                        1, PART, SHIFT, HEADS, PIECE, WIDTH,
+                    )  # fmt: skip
+                right = -tile_gamma * scale * combine(part_w, u, PART)
+                if FINEST:
+                    right += u[0] * scale
+                elif y_ptr is not None:
+                    y = load(
+                        y_ptr, y_strides, row, first_head, at, piece, num_tokens,
+                        PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
+                    )  # fmt: skip
+                    right += y * scale
+            old = sums
+            sums = ()
+            for s in tl.static_range(S):
+                du = part_w[s] * left
+                if QP:
+                    du += part_a[s] * right
+                    if METHOD == "nash":
+                        du += part_a[s] * (2 * scale) * upsample(u[s], PART)
+                    if FINEST and s == 0:
+                        du += dy
+                blocks = _collect(
+                    du_ptrs[s], du_strides[s], du, old[s] if part > 0 else None, row, first_head,
+                    tile, part, piece, num_tokens,
+                    1 if FINE else RATIO**s, TOKENS, PARTS, SHIFT, HEADS, PIECE, WIDTH,
+                )  # fmt: skip
+                sums = sums + (blocks,)
 
 
 @triton.jit
-def _store_blocks(
-    ptr, strides, x, row, first_head, tile, piece: tl.constexpr, num_tokens,
+def _collect(
+    ptr, strides, x, open_sum, row, first_head, tile, part: tl.constexpr, piece: tl.constexpr,
+    num_tokens, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    SHIFT: tl.constexpr, HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sum a part's ``[T, C]`` over the tokens of each block; write the blocks that end with it.
+
+    Returns the sums, which the next part of the same block adds to.
+    """
+    PART: tl.constexpr = TOKENS // PARTS
+    SPAN: tl.constexpr = max(min(STRIDE, TOKENS), PART)
+    blocks = sum_blocks(x, max(PART // STRIDE, 1))
+    if part * PART % SPAN > 0:
+        blocks += open_sum
+    if (part + 1) * PART % SPAN == 0:
+        _store(
+            ptr, strides, blocks, row, first_head, (tile * TOKENS + part * PART) // SPAN, piece,
+            num_tokens, STRIDE, SPAN, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+    return blocks
+
+
+@triton.jit
+def _store(
+    ptr, strides, blocks, row, first_head, tile, piece: tl.constexpr, num_tokens,
     STRIDE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
     HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sum ``[TOKENS, C]`` over the tokens of each block and write it.
+    """Write the sums ``[R, C]`` over the tokens of each block of a tile.
 
     Blocks longer than a tile: the tile's share goes to its own row of a buffer.
     """
@@ -142,5 +182,4 @@ def _store_blocks(
         ptr, strides, row, first_head, tile, piece, num_tokens,
         TOKENS, min(STRIDE, TOKENS), SHIFT, SHIFT if STRIDE <= TOKENS else 0, HEADS, PIECE, WIDTH,
     )  # fmt: skip
-    blocks = sum_blocks(x, max(TOKENS // STRIDE, 1))
     tl.store(pointers, blocks.to(ptr.dtype.element_ty), mask=exists)

@@ -97,7 +97,7 @@ def forward_kernel(
     for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
         u = load_scales(
             u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
-            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False,
         )  # fmt: skip
         pointers, exists = addresses(
             o_ptr, o_strides, row, first_head, tile, piece, num_tokens,

@@ -89,23 +89,27 @@ def addresses(
 def load(
     ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, AVAILABLE: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a scale's output, zero where it does not exist or, fine, is not available."""
+    """A piece of a scale's output, zero where it does not exist or, fine, is not available.
+
+    ``AGAIN``: read a second time, for the last time.
+    """
     pointers, exists = addresses(
         ptr, strides, row, first_head, tile, piece, num_tokens,
         TOKENS, STRIDE, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
     )  # fmt: skip
     if STRIDE < AVAILABLE:
         exists = exists & (tile * TOKENS + tl.arange(0, TOKENS)[:, None] >= AVAILABLE * SHIFT)
-    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    policy: tl.constexpr = "evict_first" if AGAIN else ""
+    return tl.load(pointers, mask=exists, other=0.0, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
 def load_scales(
     ptrs, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
     RATIO: tl.constexpr, FINE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """`load` for every scale."""
     result = ()
@@ -113,7 +117,7 @@ def load_scales(
         result = result + (
             load(
                 ptrs[s], strides[s], row, first_head, tile, piece, num_tokens,
-                TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH,
+                TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH, AGAIN,
             ),
         )  # fmt: skip
     return result
@@ -148,7 +152,7 @@ def gram_matrix(
     for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
         u = load_scales(
             u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
-            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False,
         )  # fmt: skip
         parts = ()
         if GRAM:
@@ -158,7 +162,7 @@ def gram_matrix(
         if y_ptr is not None:
             y = load(
                 y_ptr, y_strides, row, first_head, tile, piece, num_tokens,
-                TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH,
+                TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH, False,
             )  # fmt: skip
             for i in tl.static_range(S):
                 parts = parts + (products(u[i], y, HEADS, TOKENS),)
@@ -233,3 +237,17 @@ def tile_weights(w, HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constex
         wide = tl.broadcast_to(heads, TOKENS, HEADS, PIECE)
         result = result + (tl.reshape(wide, TOKENS, HEADS * PIECE),)
     return result
+
+
+@triton.jit
+def split_tokens(x, PARTS: tl.constexpr):
+    """Tiles ``[T, C]`` by runs of ``T/PARTS`` tokens: of each run, a tuple of all tiles."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        first, second = (), ()
+        for s in tl.static_range(len(x)):
+            halves = tl.reshape(x[s], 2, x[s].shape[0] // 2, x[s].shape[1])
+            early, late = tl.split(tl.permute(halves, 1, 2, 0))
+            first, second = first + (early,), second + (late,)
+        return split_tokens(first, PARTS // 2) + split_tokens(second, PARTS // 2)
