@@ -128,6 +128,7 @@ def test_what_a_run_starts_from_comes_before_it(tmp_path: Path) -> None:
     [
         ("table9", "NAME must be one of table1, table2"),
         ("table2 --rows=convx", "table2 has no row convx; it has convex, gate"),
+        ("table1 --experiments=book", "table1 has no experiment book; it has books, mnli"),
         ("table2 --seeds=a", "--seeds"),
         ("table2 --budget=huge", "--budget"),
         ("table2 --device=tpu", "--device must be auto, cpu or cuda; got 'tpu'"),

@@ -29,6 +29,7 @@ examples:
   maha reproduce figure3 --device cpu
   maha reproduce table2 --budget smoke         seconds a row; shows that everything works
   maha reproduce table2 --seeds 1,2 --rows gate,convex --time_limit 500
+  maha reproduce table1 --experiments sst2,mnli --rows maha,full
   maha reproduce all                           hours on one GPU; stop and restart it at will
 """
 
@@ -70,6 +71,9 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument("--seeds", type=_integers, metavar="N,…", help="instead of the exhibit's")
     parser.add_argument("--rows", type=_names, metavar="ROW,…", help="only these rows")
     parser.add_argument(
+        "--experiments", type=_names, metavar="NAME,…", help="only these parts of the exhibit"
+    )
+    parser.add_argument(
         "--time_limit", type=float, metavar="SECONDS", help="then stop at a checkpoint"
     )
     parser.add_argument("--results", type=Path, default=FOLDER, help=f"default: {FOLDER}")
@@ -85,11 +89,9 @@ def parse(arguments: list[str]) -> Options:
     if parsed.name != "all" and parsed.name not in known:
         raise ValueError(f"NAME must be one of {', '.join(known)} or all; got {parsed.name!r}")
     chosen = list(known.values()) if parsed.name == "all" else [known[parsed.name]]
-    rows = {row for exhibit in chosen for part in exhibit.parts for row in part.rows}
-    if parsed.rows and (strange := sorted(set(parsed.rows) - rows)):
-        raise ValueError(
-            f"{parsed.name} has no row {', '.join(strange)}; it has {', '.join(sorted(rows))}"
-        )
+    parts = [part for exhibit in chosen for part in exhibit.parts]
+    _check_names(parsed.name, "row", parsed.rows, {row for part in parts for row in part.rows})
+    _check_names(parsed.name, "experiment", parsed.experiments, {part.experiment for part in parts})
     command = shlex.join(["maha", "reproduce", *arguments])
     selection = Selection(
         budget=parsed.budget,
@@ -98,6 +100,7 @@ def parse(arguments: list[str]) -> Options:
         runs=parsed.runs,
         seeds=parsed.seeds,
         rows=parsed.rows,
+        experiments=parsed.experiments,
     )
     if provenance(command, {}, selection.device)["commit"] is None:
         raise ValueError(
@@ -147,6 +150,13 @@ def _summary(outcome: Outcome) -> str:
     lines = [", ".join(parts) + "."]
     lines += [f"FAILED {name}: {message}" for name, message in outcome.failed.items()]
     return "\n".join(lines)
+
+
+def _check_names(exhibit: str, kind: str, given: list[str] | None, known: set[str]) -> None:
+    if strange := sorted(set(given or ()) - known):
+        raise ValueError(
+            f"{exhibit} has no {kind} {', '.join(strange)}; it has {', '.join(sorted(known))}"
+        )
 
 
 def _integers(text: str) -> list[int]:

@@ -35,6 +35,7 @@ class Selection:
         budget: Its name.
         seeds: None: as many of the budget's as the exhibit asks for.
         rows: None: all.
+        experiments: None: all; those that others start from run in any case.
         results: Folder of the result files.
         runs: Folder of the runs that are not finished.
         device: Where they run.
@@ -46,6 +47,7 @@ class Selection:
     runs: Path
     seeds: list[int] | None = None
     rows: list[str] | None = None
+    experiments: list[str] | None = None
 
 
 def jobs(
@@ -80,6 +82,7 @@ def jobs(
         (seed, experiment, row)
         for exhibit in exhibits
         for part in exhibit.parts
+        if selection.experiments is None or part.experiment in selection.experiments
         if selection.budget in (experiment := experiments[part.experiment]).budgets
         for seed in selection.seeds or experiment.budgets[selection.budget].seeds[: part.seeds]
         for row in part.rows
