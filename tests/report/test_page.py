@@ -63,7 +63,7 @@ def test_markdown_has_every_table_and_claim(report: Report) -> None:
 
 
 def test_refusals_are_shown(results: Path, add: Add) -> None:
-    bad = add("books", "convex", 1, **language_model(2.0), device_class="cpu")
+    bad = add("ablations", "convex", 1, **language_model(2.0), device_class="cpu")
     worse = results / "flops" / "small" / "full-seed0.json"
     content = json.loads(worse.read_text())
     del content["commit"]
@@ -80,7 +80,7 @@ def test_refusals_are_shown(results: Path, add: Add) -> None:
 
 def test_the_largest_budget_is_shown_unless_told_otherwise(add: Add, tmp_path: Path) -> None:
     for budget, bits in (("smoke", 3.0), ("small", 2.0)):
-        add("books", "mean", budget=budget, **language_model(bits))
+        add("ablations", "mean", budget=budget, **language_model(bits))
     assert "2.0000" in markdown(make_report(tmp_path))
     smoke = markdown(make_report(tmp_path, "smoke"))
     assert "3.0000" in smoke

@@ -54,8 +54,8 @@ def test_difference(
 ) -> None:
     for row, bits in (("mean", 2.0), ("convex", convex), ("nash", nash)):
         if bits is not None:
-            add("books", row, **language_model(bits))
-    verdict = judge(BETTER, selected(tmp_path, "books", "mean", "convex", "nash"), "e")
+            add("ablations", row, **language_model(bits))
+    verdict = judge(BETTER, selected(tmp_path, "ablations", "mean", "convex", "nash"), "e")
     assert (verdict.status, verdict.sentence) == (status, sentence)
     assert verdict.conditions  # the small budget is not the paper's
     assert verdict.seeds == "1"
@@ -63,9 +63,9 @@ def test_difference(
 
 def test_within_the_error_nothing_is_decided(add: Add, tmp_path: Path) -> None:
     for seed, bits in ((1, 1.9), (2, 2.08)):
-        add("books", "mean", seed, **language_model(2.0))
-        add("books", "convex", seed, **language_model(bits))
-    verdict = judge(BETTER, selected(tmp_path, "books", "mean", "convex"), "e")
+        add("ablations", "mean", seed, **language_model(2.0))
+        add("ablations", "convex", seed, **language_model(bits))
+    verdict = judge(BETTER, selected(tmp_path, "ablations", "mean", "convex"), "e")
     assert verdict.status == "undecided"
     assert verdict.sentence.startswith(
         "Within the error with convex fusion (−0.0100 ± 0.0900 bits per byte)."
@@ -75,11 +75,11 @@ def test_within_the_error_nothing_is_decided(add: Add, tmp_path: Path) -> None:
 
 def test_a_smoke_test_decides_nothing(add: Add, tmp_path: Path) -> None:
     for row in ("mean", "convex"):
-        add("books", row, budget="smoke", **language_model(2.0))
-    verdict = judge(BETTER, selected(tmp_path, "books", "mean", "convex"), "e")
+        add("ablations", row, budget="smoke", **language_model(2.0))
+    verdict = judge(BETTER, selected(tmp_path, "ablations", "mean", "convex"), "e")
     assert verdict.status == "not measured"
     assert "only a smoke test" in verdict.sentence
-    empty = judge(BETTER, selected(tmp_path, "ablations", "convex"), "e")
+    empty = judge(BETTER, selected(tmp_path, "books", "convex"), "e")
     assert "no run of it" in empty.sentence
 
 
@@ -120,10 +120,10 @@ def test_times_are_compared_on_one_device_only(add: Add, tmp_path: Path) -> None
         at_most=0,
         cases=[CASES[0]],
     )
-    add("books", "mean", **language_model(2.0, tokens_per_s=1e5))
-    add("books", "convex", **language_model(2.0, tokens_per_s=2e5))
-    parts = selected(tmp_path, "books", "mean", "convex")
+    add("ablations", "mean", **language_model(2.0, tokens_per_s=1e5))
+    add("ablations", "convex", **language_model(2.0, tokens_per_s=2e5))
+    parts = selected(tmp_path, "ablations", "mean", "convex")
     assert judge(faster, parts, "e").status == "holds"
-    add("books", "convex", **language_model(2.0, tokens_per_s=2e5), device="another GPU")
-    parts = selected(tmp_path, "books", "mean", "convex")
+    add("ablations", "convex", **language_model(2.0, tokens_per_s=2e5), device="another GPU")
+    parts = selected(tmp_path, "ablations", "mean", "convex")
     assert judge(faster, parts, "e").status == "not measured"

@@ -36,7 +36,7 @@ def test_table2_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """In the end all of it is there, nothing was run twice, and no half file was ever left."""
     places = ("--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"))
     arguments = ("reproduce", "table2", "--budget", "smoke", "--device", "cpu", *places)
-    folder = tmp_path / "results" / "books" / "smoke"
+    folder = tmp_path / "results" / "ablations" / "smoke"
     code = "from maha_attn.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, start_new_session=True

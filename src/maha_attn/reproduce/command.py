@@ -76,6 +76,11 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument(
         "--time_limit", type=float, metavar="SECONDS", help="then stop at a checkpoint"
     )
+    parser.add_argument(
+        "--shared_device",
+        action="store_true",
+        help="other runs use the device meanwhile: record no speed",
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     parser.add_argument(
         "--runs",
@@ -101,6 +106,7 @@ def parse(arguments: list[str]) -> Options:
         seeds=parsed.seeds,
         rows=parsed.rows,
         experiments=parsed.experiments,
+        shares_device=parsed.shared_device,
     )
     if provenance(command, {}, selection.device)["commit"] is None:
         raise ValueError(

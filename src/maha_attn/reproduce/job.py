@@ -19,6 +19,7 @@ class Job:
         device: Where it runs.
         pretrained: The folder of the run whose model it starts from.
         keeps_model: Another run starts from its model, so a result without it is not enough.
+        shares_device: Others run there meanwhile, so that its speed says nothing.
     """
 
     experiment: Experiment
@@ -29,6 +30,7 @@ class Job:
     device: torch.device
     pretrained: Path | None = None
     keeps_model: bool = False
+    shares_device: bool = False
 
     @property
     def name(self) -> str:

@@ -39,6 +39,7 @@ class Selection:
         results: Folder of the result files.
         runs: Folder of the runs that are not finished.
         device: Where they run.
+        shares_device: Whether others run there meanwhile.
     """
 
     budget: str
@@ -48,6 +49,7 @@ class Selection:
     seeds: list[int] | None = None
     rows: list[str] | None = None
     experiments: list[str] | None = None
+    shares_device: bool = False
 
 
 def jobs(
@@ -73,6 +75,7 @@ def jobs(
             budget=selection.budget,
             folder=folder,
             device=selection.device,
+            shares_device=selection.shares_device,
             pretrained=base,
             keeps_model=keeps_model or (key in found and found[key].keeps_model),
         )

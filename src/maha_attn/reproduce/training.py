@@ -78,12 +78,13 @@ def train_and_judge(job: Job, clock: Clock) -> dict[str, Any] | None:
         return None
     clock.show(1, 1, "evaluating")
     curves = _curves(run, recipe)
+    speed = curves.pop("tokens_per_s")
     result = JUDGES.get(recipe.settings["task"], judge_by_task)(task, model, recipe)
     result["metrics"] |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_bytes": peak[0],
         "final_loss": curves["loss"][-1],
-        "tokens_per_s": curves.pop("tokens_per_s"),
+        "tokens_per_s": None if job.shares_device else speed,
     }
     for checkpoint in run.path.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
