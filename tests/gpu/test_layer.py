@@ -152,6 +152,7 @@ def test_other_lengths_and_batches_compile_nothing():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_under_compile():
     layer = make()
     x = torch.randn(2, 300, 256, device="cuda", requires_grad=True)

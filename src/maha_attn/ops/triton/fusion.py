@@ -155,7 +155,8 @@ def _fuse_backward(
             **_constants(method, constraint, temperature, finest, ratio, fine, causal, width, tile),
             # Gradients of half of the tokens at a time spill 32 bytes a lane at most, of all at
             # once up to 464 (S=4, bf16, sm_90); the finest scale as target is faster at once.
-            PARTS=1 if finest else 2,
+            # Of many scales the halves would take minutes to compile.
+            PARTS=1 if finest or len(outputs) > 4 else 2,
         )  # fmt: skip
     for s, share in shares.items():
         blocks = share.unflatten(2, (du[s].shape[2] + shift, -1))[:, :, shift:]
