@@ -348,8 +348,9 @@ def test_compiled_without_a_graph_break_equals_eager(make_layer, options):
         y, z = layer(*arguments), compiled(*arguments)
         torch.testing.assert_close(z, y, rtol=0, atol=1e-6)
         grads = [torch.autograd.grad(o.square().sum(), [x, *layer.parameters()]) for o in (y, z)]
+        # Eager heads are paired, compiled ones are not: their sums are rounded in another order.
         for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 
 from maha_attn import MultiscaleAttention
 from maha_attn.layers.projection import project
+from maha_attn.ops.rotary import in_pairs
 
 
 def gradients(layer, x, mask=None):
@@ -66,6 +67,22 @@ def test_projections_share_a_gradient():
         torch.autograd.grad((first, second), x, grads[:2])[0],
         grads[0] @ weights[0] + grads[1] @ weights[1],
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_are_paired_by_their_weights_or_after(bias):
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    values, queries = (nn.Linear(8, 8, bias=bias, dtype=torch.float64) for _ in range(2))
+    results = [
+        project(x, [values], heads=[queries], paired=4),
+        [values(x), in_pairs(queries(x), 4, -1)],
+    ]
+    inputs, grads = [x, *values.parameters(), *queries.parameters()], torch.randn_like(x)
+    first, second = (
+        [*ys, *torch.autograd.grad(ys, inputs, [grads, grads.flip(0)])] for ys in results
+    )
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_what_is_no_plain_projection_is_called():

@@ -147,7 +147,9 @@ def test_compiles_in_one_graph(tiny):
     mask[0, :5] = 0
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     output = compiled(ids, attention_mask=mask, labels=ids)
-    assert torch.equal(output.logits, model(ids, attention_mask=mask).logits)
+    # Not bit for bit: eager heads are paired, compiled ones are not.
+    expected = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-4)
 
 
 def test_initial_values(tiny):

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from maha_attn.bench.measure import DTYPES, MakeSide, Side, benchmark
 from maha_attn.bench.ops import FULL, too_large
 from maha_attn.layers.attention import MultiscaleAttention
-from maha_attn.ops.rotary import rotary_table, rotate
+from maha_attn.ops.rotary import paired_table, rotary_table, rotate
 from maha_attn.spec import AttentionSpec
 
 
@@ -35,20 +35,20 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to the same."""
         packed = self.qk_proj(x).unflatten(-1, (2, self.num_heads, -1))
-        table = rotary_table(torch.arange(x.shape[1], device=x.device), packed.shape[-1])
-        q, k = self.rotated(packed, table)
+        q, k = self.rotated(packed, torch.arange(x.shape[1], device=x.device))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         with sdpa_kernel(self.backend):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def rotated(self, packed: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys by the same kernel as MAHA's where there is one."""
+    def rotated(self, packed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys as MAHA's layer does: by its kernel, or else paired."""
         if packed.is_cuda:
             from maha_attn.ops.triton.rotary import rotate_projection
 
-            q, k = rotate_projection(packed, table)
+            q, k = rotate_projection(packed, rotary_table(positions, packed.shape[-1]))
         else:
+            table = paired_table(positions, packed.shape[-1])
             q, k = (rotate(t, table).transpose(1, 2) for t in packed.unbind(2))
         return q, k
 

@@ -15,9 +15,10 @@ from maha_attn.layers.padding import check_tokens, to_front, to_places
 from maha_attn.layers.projection import autocast, project
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.layers.stem import stem
+from maha_attn.ops.backend import use_triton
 from maha_attn.ops.fusion import Fused
 from maha_attn.ops.multiscale_attention import multiscale_attention
-from maha_attn.ops.rotary import rotary_table
+from maha_attn.ops.rotary import paired_table, rotary_table
 from maha_attn.spec import AttentionSpec
 
 
@@ -128,7 +129,8 @@ class MultiscaleAttention(nn.Module):
         """The whole sequence at once; real tokens stand at the front of their rows."""
         spec = self.spec
         problem = [] if self.fusion is None else self.fusion.projections
-        table = self.table(torch.arange(x.shape[1], device=x.device))
+        paired = cache is None and self._prefers_pairs(x)
+        table = self.table(torch.arange(x.shape[1], device=x.device), paired=paired)
         if spec.recompute and cache is None and torch.is_grad_enabled():
             base, *projected = project(x, [self.v_proj, *problem])
             values = base if lengths is None else zero_beyond(base, lengths)
@@ -137,7 +139,7 @@ class MultiscaleAttention(nn.Module):
             # The finest scale's queries and keys join where they come from the tokens as they are.
             finest = [] if spec.gating or spec.dilation else [self.q_proj[0], self.k_proj[0]]
             (base, *projected), scales, values = stem(
-                x, [self.v_proj, *problem], finest, self.pyramid, lengths
+                x, [self.v_proj, *problem], finest, self.pyramid, lengths, paired=paired
             )
             projected, finest = projected[: len(problem)], projected[len(problem) :]
             outputs = self._outputs(scales, values, finest, table, lengths, cache)
@@ -208,9 +210,9 @@ class MultiscaleAttention(nn.Module):
         """Outputs and rotated keys of the ``chosen`` scales, of every scale's features and values.
 
         ``table``: rotary, of the layer's tokens; ``finest``: queries and keys of the finest scale,
-        where they are known already.
+        where they are known already, in the table's layout.
         """
-        spec = self.spec
+        spec, paired = self.spec, table.is_complex()
         if not chosen:
             return [], []
         queries, keys, tables = [], [], []
@@ -219,12 +221,12 @@ class MultiscaleAttention(nn.Module):
             if s == 0 and finest:
                 q, k = map(self.split, finest)
             else:
-                q, k = self.project_qk(s, features[0 if fine else s], features[s])
+                q, k = self.project_qk(s, features[0 if fine else s], features[s], paired=paired)
             queries.append(q.transpose(1, 2))
             keys.append(k.transpose(1, 2))
             if fine:
                 tokens = torch.arange(len(table), device=table.device)
-                tables.append(self.query_table(s, tokens))
+                tables.append(self.query_table(s, tokens, paired=paired))
             else:
                 tables.append(table)
         masked = [self.pyramid.key_lengths(lengths, s) for s in chosen]
@@ -241,30 +243,41 @@ class MultiscaleAttention(nn.Module):
             backend=spec.backend,
         )
 
-    def project_qk(self, s: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _prefers_pairs(self, x: Tensor) -> bool:
+        """Whether heads are to be paired: kernels, caches and compiled passes are half-split."""
+        by_kernels = use_triton(self.spec.backend, x, width=self.spec.head_dim)
+        return not by_kernels and not torch.compiler.is_compiling()
+
+    def project_qk(
+        self, s: int, queries: Tensor, keys: Tensor, *, paired: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Queries and keys of scale ``s`` out of features ``[B, N, D]``, not yet rotated.
 
         Returns:
-            ``[B, N, H, K]`` each.
+            ``[B, N, H, K]`` each, half-split or ``paired`` (`maha_attn.ops.rotary`).
         """
+        q_proj, k_proj = self.q_proj[s], self.k_proj[s]
+        head_dim = self.spec.head_dim if paired else None
         if queries is keys:
-            q, k = project(queries, [self.q_proj[s], self.k_proj[s]])
+            q, k = project(queries, heads=[q_proj, k_proj], paired=head_dim)
         else:
-            q, k = self.q_proj[s](queries), self.k_proj[s](keys)
+            (q,) = project(queries, heads=[q_proj], paired=head_dim)
+            (k,) = project(keys, heads=[k_proj], paired=head_dim)
         return self.split(q), self.split(k)
 
-    def table(self, positions: Tensor) -> Tensor:
+    def table(self, positions: Tensor, *, paired: bool = False) -> Tensor:
         """Rotary table of positions in tokens of a scale; fp32 unless the layer is fp64."""
         dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
-        return rotary_table(positions, self.spec.head_dim, self.spec.rope_theta, dtype)
+        make = paired_table if paired else rotary_table
+        return make(positions, self.spec.head_dim, self.spec.rope_theta, dtype)
 
-    def query_table(self, s: int, tokens: Tensor) -> Tensor:
+    def query_table(self, s: int, tokens: Tensor, *, paired: bool = False) -> Tensor:
         """Rotary table of fine queries at scale ``s``.
 
         Token ``t`` stands at ``(t+1)/r^s - 1``: the last token of a block where the block stands.
         """
         dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
-        return self.table((tokens + 1).to(dtype) / self.spec.strides[s] - 1)
+        return self.table((tokens + 1).to(dtype) / self.spec.strides[s] - 1, paired=paired)
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, H, K]``."""

@@ -7,17 +7,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maha_attn.ops.rotary import in_pairs
 
-def project(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """``[module(x) for module in modules]``, with a cheaper gradient for ``x``.
+
+def project(
+    x: Tensor,
+    modules: Sequence[nn.Module] = (),
+    *,
+    heads: Sequence[nn.Module] = (),
+    paired: int | None = None,
+) -> list[Tensor]:
+    """``[module(x) for module in [*modules, *heads]]``, with a cheaper gradient for ``x``.
 
     Autograd adds the gradients that ``x`` gets from each module by passes of their own; where all
     are plain linear layers without bias, each product is added to the sum before it as it is made.
     Anything else (a bias, an adapter, a hook) is called as it is.
+
+    Args:
+        x: ``[B, N, D]``.
+        modules, heads: Projections.
+        paired: Head width ``K``: results of ``heads`` are put into the paired layout of
+            `maha_attn.ops.rotary`, by a copy of the weights where they are plain.
     """
+    first = len(modules)
+    modules = [*modules, *heads]
     weights = plain_weights(modules)
     if len(modules) < 2 or weights is None:
-        return [module(x) for module in modules]
+        results = [module(x) for module in modules]
+        if paired is not None:
+            results[first:] = (in_pairs(y, paired, -1) for y in results[first:])
+        return results
+    if paired is not None:
+        weights[first:] = (in_pairs(weight, paired, 0) for weight in weights[first:])
     return list(_Project.apply(*map(autocast, (x, *weights))))  # pyright: ignore
 
 

@@ -17,6 +17,8 @@ def stem(
     others: Sequence[nn.Module],
     pyramid: ScalePyramid,
     lengths: Tensor | None,
+    *,
+    paired: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Project the tokens, and build the pyramids of tokens and values.
 
@@ -31,12 +33,13 @@ def stem(
         others: Projections of ``x`` whose results don't.
         pyramid: The layer's.
         lengths: Real tokens of each row, ``[B]``.
+        paired: Whether ``others`` make heads of that layout (`maha_attn.ops.rotary`).
 
     Returns:
         All projections; ``[X_0, X_1, …]``; ``[V_0, V_1, …]``.
     """
     spec, weights = pyramid.spec, plain_weights([*modules, *others])
-    kernels = spec.downsample in ("conv", "mean") and spec.num_scales > 1
+    kernels = spec.downsample in ("conv", "mean") and spec.num_scales > 1 and not paired
     if weights is not None and kernels and use_triton(spec.backend, x):
         x, *weights = map(autocast, (x, *weights))
         options = (spec.num_scales - 1, spec.ratio, spec.causal)
@@ -52,7 +55,7 @@ def stem(
         return (
             [base, *tails, *rest[1:]], [x, *built[:levels]], [base, *built[levels:]]
         )  # fmt: skip
-    projected = project(x, [*modules, *others])
+    projected = project(x, modules, heads=others, paired=spec.head_dim if paired else None)
     base = projected[0] if lengths is None else zero_beyond(projected[0], lengths)
     scales, values = pyramid.scales([x, base], lengths)
     return projected, scales, values
