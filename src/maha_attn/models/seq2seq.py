@@ -181,6 +181,8 @@ class MahaSeq2SeqModel(MahaSeq2SeqPreTrainedModel):
         Raises:
             TypeError, ValueError: An argument is not as above.
         """
+        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+            raise ValueError("give exactly one of decoder_input_ids and decoder_inputs_embeds")
         encoded: Any = encoder_outputs
         if encoded is None:
             encoded = self.encoder(
@@ -190,8 +192,6 @@ class MahaSeq2SeqModel(MahaSeq2SeqPreTrainedModel):
                 output_fusion_weights=output_fusion_weights,
                 **kwargs,
             )
-        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
-            raise ValueError("give exactly one of decoder_input_ids and decoder_inputs_embeds")
         memory = encoded[0]
         outputs = self.decoder(
             input_ids=decoder_input_ids,
