@@ -43,10 +43,10 @@ PROBLEMS = {
     "nash": {"method": "nash", "sparsity": 0.1},
 }
 SHAPES = {  # causal, fine, ratio, scales, tokens, heads, width
-    "causal": (True, False, 2, 4, 19, 4, 16),
+    "causal": (True, False, 2, 4, 19, 4, 40),
     "bidirectional": (False, False, 4, 3, 17, 1, 8),
-    "fine": (True, True, 2, 2, 5, 2, 40),
-    "blocks longer than a tile": (True, False, 2, 5, 18, 4, 8),
+    "fine": (True, True, 2, 2, 5, 4, 72),
+    "blocks longer than a tile": (True, False, 2, 5, 18, 4, 24),
 }
 
 

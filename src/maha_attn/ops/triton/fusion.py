@@ -29,6 +29,7 @@ class _Tile(NamedTuple):
     heads: int
     tokens: int
     piece: int
+    loop: bool
     registers: int | None
 
 
@@ -38,15 +39,20 @@ def _tile(
     """Four heads, whose channels lie over eight lanes each: whole lines of memory.
 
     Eight heads exchange fewer sums, but half lines cost more than that: the mean's backward pass
-    took twice as long. Bounding the registers trades spills for more programs at once.
+    took twice as long. Bounding the registers trades spills for more programs at once. Many pieces,
+    or those of many scales, are a loop and not unrolled, which would take a minute to compile;
+    those of many scales are narrower, to spill less.
     """
+    few = scales <= 4
     heads = math.gcd(num_heads, 4)
     lanes = 32 // heads
-    piece = max(min(lanes * 16 // dtype.itemsize, triton.next_power_of_2(width)), lanes)
+    lane_bytes = 16 if few else 8
+    piece = max(min(lanes * lane_bytes // dtype.itemsize, triton.next_power_of_2(width)), lanes)
+    loop = not few or width > 2 * piece
     registers = None
-    if kernel == "forward" and scales <= 4:
+    if kernel == "forward" and few:
         registers = 168 if method == "convex" else 128
-    return _Tile(heads, lanes, piece, registers)
+    return _Tile(heads, lanes, piece, loop, registers)
 
 
 def fuse(
@@ -155,7 +161,6 @@ def _fuse_backward(
             **_constants(method, constraint, temperature, finest, ratio, fine, causal, width, tile),
             # Gradients of half of the tokens at a time spill 32 bytes a lane at most, of all at
             # once up to 464 (S=4, bf16, sm_90); the finest scale as target is faster at once.
-            # Of many scales the halves would take minutes to compile.
             PARTS=1 if finest or len(outputs) > 4 else 2,
         )  # fmt: skip
     for s, share in shares.items():
@@ -183,6 +188,7 @@ def _constants(
         "HEADS": tile.heads,
         "TOKENS": tile.tokens,
         "PIECE": tile.piece,
+        "LOOP": tile.loop,
         "num_warps": 1,
         "maxnreg": tile.registers,
     }

@@ -10,13 +10,17 @@ import triton.language as tl
 from maha_attn.ops.triton.fusion_tile import (
     addresses,
     combine,
+    first_pieces,
     gram_matrix,
     load,
     load_scales,
+    load_small,
+    next_pieces,
     place,
     problem,
     small,
     split_tokens,
+    store_small,
     sum_blocks,
     tile_weights,
     upsample,
@@ -32,7 +36,7 @@ def backward_kernel(
     num_tokens, num_heads, num_tiles, scale, ridge, temperature,
     METHOD: tl.constexpr, CONSTRAINT: tl.constexpr, SOFT: tl.constexpr, FINEST: tl.constexpr,
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr, LOOP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients from the weights alone.
@@ -49,10 +53,8 @@ def backward_kernel(
     row, tile, first_head, head, token, real = place(
         num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
     )
-    w = ()
     pointers = small(weights_ptr, weights_strides, row, head, token, SHIFT)
-    for s in tl.static_range(S):
-        w = w + (tl.load(pointers + s, mask=real, other=0.0),)
+    w = load_small(pointers, 1, real, S)
     tile_w = tile_weights(w, HEADS, TOKENS, PIECE)
     gamma = 1.0
     if gamma_ptr is not None:
@@ -60,15 +62,14 @@ def backward_kernel(
     if METHOD != "mean":
         gram, grad = gram_matrix(
             u_ptrs, u_strides, do_ptr, do_strides, row, first_head, tile, num_tokens, scale,
-            RATIO, FINE, SHIFT, WIDTH, QP, HEADS, TOKENS, PIECE,
+            RATIO, FINE, SHIFT, WIDTH, QP, HEADS, TOKENS, PIECE, LOOP,
         )  # fmt: skip
         if dw_ptr is not None:
             pointers = small(dw_ptr, dw_strides, row, head, token, SHIFT)
-            total_grad = grad
+            through_output, through_weights = grad, load_small(pointers, dw_strides[3], real, S)
             grad = ()
             for s in tl.static_range(S):
-                extra = tl.load(pointers + s * dw_strides[3], mask=real, other=0.0)
-                grad = grad + (total_grad[s] + extra,)
+                grad = grad + (through_output[s] + through_weights[s],)
         if QP:
             M = problem(gram, gamma_ptr, head, ridge)
             a = adjoint(M, w, grad, temperature, CONSTRAINT, SOFT)
@@ -84,8 +85,7 @@ def backward_kernel(
                 a = a + (w[s] * (grad[s] - mean),)
         if dlogits_ptr is not None:
             pointers = small(dlogits_ptr, dlogits_strides, row, head, token, SHIFT)
-            for s in tl.static_range(S):
-                tl.store(pointers + s * dlogits_strides[3], a[s], mask=real)
+            store_small(pointers, dlogits_strides[3], a, real)
         tile_a = tile_weights(a, HEADS, TOKENS, PIECE)
         tile_gamma = gamma
         if gamma_ptr is not None:
@@ -96,21 +96,29 @@ def backward_kernel(
     parts_w = split_tokens(tile_w, PARTS)
     if QP:
         parts_a = split_tokens(tile_a, PARTS)
-    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+    carried = None
+    if QP and LOOP and PARTS == 1:
+        carried = first_pieces(
+            u_ptrs, u_strides, row, first_head, tile, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+    for piece in (tl.range if LOOP else tl.static_range)(0, (WIDTH + PIECE - 1) // PIECE):
         sums = ()
         for part in tl.static_range(PARTS):
             at = tile * PARTS + part
             part_w = parts_w[part]
             left = load(
                 do_ptr, do_strides, row, first_head, at, piece, num_tokens,
-                PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
+                PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True, None,
             )  # fmt: skip
             if QP:
                 part_a = parts_a[part]
                 u = load_scales(
                     u_ptrs, u_strides, row, first_head, at, piece, num_tokens,
-                    RATIO, FINE, PART, SHIFT, HEADS, PIECE, WIDTH, True,
+                    RATIO, FINE, PART, SHIFT, HEADS, PIECE, WIDTH, True, carried,
                 )  # fmt: skip
+                if carried is not None:
+                    carried = next_pieces(carried, PIECE)
                 dy = combine(part_a, u, PART) * scale
                 left -= tile_gamma * dy
                 if dy_ptr is not None:
@@ -124,7 +132,7 @@ def backward_kernel(
                 elif y_ptr is not None:
                     y = load(
                         y_ptr, y_strides, row, first_head, at, piece, num_tokens,
-                        PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True,
+                        PART, 1, 1, SHIFT, HEADS, PIECE, WIDTH, True, None,
                     )  # fmt: skip
                     right += y * scale
             old = sums
@@ -147,7 +155,7 @@ def backward_kernel(
 
 @triton.jit
 def _collect(
-    ptr, strides, x, open_sum, row, first_head, tile, part: tl.constexpr, piece: tl.constexpr,
+    ptr, strides, x, open_sum, row, first_head, tile, part: tl.constexpr, piece,
     num_tokens, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
     SHIFT: tl.constexpr, HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +178,7 @@ def _collect(
 
 @triton.jit
 def _store(
-    ptr, strides, blocks, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    ptr, strides, blocks, row, first_head, tile, piece, num_tokens,
     STRIDE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
     HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip

@@ -10,11 +10,15 @@ import triton.language as tl
 from maha_attn.ops.triton.fusion_tile import (
     addresses,
     combine,
+    first_pieces,
     gram_matrix,
     load_scales,
+    load_small,
+    next_pieces,
     place,
     problem,
     small,
+    store_small,
     tile_weights,
 )
 from maha_attn.ops.triton.small_qp import FAR, certify, largest, solve, total
@@ -43,7 +47,7 @@ def forward_kernel(
     num_tokens, num_heads, num_tiles, scale, ridge, sparsity, temperature,
     METHOD: tl.constexpr, CONSTRAINT: tl.constexpr, SOFT: tl.constexpr, FINEST: tl.constexpr,
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     """Gram matrix, problem, weights, output: the outputs of the scales are read twice.
 
@@ -54,18 +58,17 @@ def forward_kernel(
     row, tile, first_head, head, token, real = place(
         num_tokens, num_heads, num_tiles, HEADS, TOKENS, SHIFT
     )
-    logits = ()
-    for s in tl.static_range(S):
-        if logits_ptr is None:
+    if logits_ptr is None:
+        logits = ()
+        for _ in tl.static_range(S):
             logits = logits + (head * 0.0,)
-        else:
-            pointers = small(logits_ptr, logits_strides, row, head, token, SHIFT)
-            value = tl.load(pointers + s * logits_strides[3], mask=real, other=0.0)
-            logits = logits + (value.to(tl.float32),)
+    else:
+        pointers = small(logits_ptr, logits_strides, row, head, token, SHIFT)
+        logits = load_small(pointers, logits_strides[3], real, S)
     if METHOD == "convex" or METHOD == "nash":
         gram, b = gram_matrix(
             u_ptrs, u_strides, y_ptr, y_strides, row, first_head, tile, num_tokens, scale,
-            RATIO, FINE, SHIFT, WIDTH, True, HEADS, TOKENS, PIECE,
+            RATIO, FINE, SHIFT, WIDTH, True, HEADS, TOKENS, PIECE, LOOP,
         )  # fmt: skip
         q = ()
         for s in tl.static_range(S):
@@ -91,16 +94,27 @@ def forward_kernel(
         w = _softmax(logits, token, RATIO, SHIFT)
     if weights_ptr is not None:
         pointers = small(weights_ptr, weights_strides, row, head, token, SHIFT)
-        for s in tl.static_range(S):
-            tl.store(pointers + s, w[s], mask=real)
+        store_small(pointers, 1, w, real)
     tile_w = tile_weights(w, HEADS, TOKENS, PIECE)
-    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+    at = None
+    if LOOP:
+        at = first_pieces(
+            u_ptrs, u_strides, row, first_head, tile, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        ) + first_pieces(
+            (o_ptr,), (o_strides,), row, first_head, tile, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+    for piece in (tl.range if LOOP else tl.static_range)(0, (WIDTH + PIECE - 1) // PIECE):
         u = load_scales(
             u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
-            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False, at,
         )  # fmt: skip
-        pointers, exists = addresses(
+        to, exists = addresses(
             o_ptr, o_strides, row, first_head, tile, piece, num_tokens,
             TOKENS, 1, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
         )  # fmt: skip
-        tl.store(pointers, combine(tile_w, u, TOKENS).to(o_ptr.dtype.element_ty), mask=exists)
+        if LOOP:
+            to = at[S]
+            at = next_pieces(at, PIECE)
+        tl.store(to, combine(tile_w, u, TOKENS).to(o_ptr.dtype.element_ty), mask=exists)

@@ -50,8 +50,7 @@ def exchange(x):
     if L == 1:
         return tl.reshape(x, D)
     elif R == 1:
-        own = tl.reshape(x, 1, D, 2, L // 2)
-        return exchange(tl.reshape(own + tl.flip(own, 2), 1, 2 * D, L // 2))
+        return tl.reshape(tl.broadcast_to(tl.sum(x, 2)[:, :, None], 1, D, L), D * L)
     else:
         halves = tl.permute(tl.reshape(x, 2, R // 2, D, 2, L // 2), 1, 2, 3, 4, 0)
         early, late = tl.split(halves)
@@ -62,7 +61,7 @@ def exchange(x):
 
 @triton.jit
 def addresses(
-    ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    ptr, strides, row, first_head, tile, piece, num_tokens,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
     HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +77,7 @@ def addresses(
     exists = (first + block) * STRIDE < num_tokens + SHIFT
     if SHIFT:
         exists = exists & (first + block >= 1)
-    if (piece + 1) * PIECE > WIDTH:
+    if WIDTH % PIECE > 0:
         exists = exists & (column < WIDTH)
     start = ptr + row * strides[0] + first_head.to(tl.int64) * strides[1]
     start += (tl.cast(first, tl.int64) - OFFSET) * strides[2]
@@ -87,18 +86,20 @@ def addresses(
 
 @triton.jit
 def load(
-    ptr, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    ptr, strides, row, first_head, tile, piece, num_tokens,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, AVAILABLE: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr, carried,
 ):  # fmt: skip
     """A piece of a scale's output, zero where it does not exist or, fine, is not available.
 
-    ``AGAIN``: read a second time, for the last time.
+    ``AGAIN``: read a second time, for the last time. ``carried``: its pointers, or None.
     """
     pointers, exists = addresses(
         ptr, strides, row, first_head, tile, piece, num_tokens,
         TOKENS, STRIDE, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
     )  # fmt: skip
+    if carried is not None:
+        pointers = carried
     if STRIDE < AVAILABLE:
         exists = exists & (tile * TOKENS + tl.arange(0, TOKENS)[:, None] >= AVAILABLE * SHIFT)
     policy: tl.constexpr = "evict_first" if AGAIN else ""
@@ -107,9 +108,9 @@ def load(
 
 @triton.jit
 def load_scales(
-    ptrs, strides, row, first_head, tile, piece: tl.constexpr, num_tokens,
+    ptrs, strides, row, first_head, tile, piece, num_tokens,
     RATIO: tl.constexpr, FINE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
-    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr, carried,
 ):  # fmt: skip
     """`load` for every scale."""
     result = ()
@@ -118,8 +119,39 @@ def load_scales(
             load(
                 ptrs[s], strides[s], row, first_head, tile, piece, num_tokens,
                 TOKENS, 1 if FINE else RATIO**s, RATIO**s, SHIFT, HEADS, PIECE, WIDTH, AGAIN,
+                None if carried is None else carried[s],
             ),
         )  # fmt: skip
+    return result
+
+
+@triton.jit
+def first_pieces(
+    ptrs, strides, row, first_head, tile, num_tokens,
+    RATIO: tl.constexpr, FINE: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first piece of every scale, for a loop to carry.
+
+    They shorten compilation alone: for each access by pointers that an operation computes, not a
+    loop carries, triton follows all that is connected with it, in quadratic time.
+    """
+    result = ()
+    for s in tl.static_range(len(ptrs)):
+        pointers, _ = addresses(
+            ptrs[s], strides[s], row, first_head, tile, 0, num_tokens,
+            TOKENS, 1 if FINE else RATIO**s, SHIFT, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        result = result + (pointers,)
+    return result
+
+
+@triton.jit
+def next_pieces(pointers, PIECE: tl.constexpr):
+    """Pointers to the next piece of every scale."""
+    result = ()
+    for s in tl.static_range(len(pointers)):
+        result = result + (pointers[s] + PIECE,)
     return result
 
 
@@ -141,18 +173,43 @@ def products(a, b, HEADS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def empty_sum(STRIDE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):
+    """`products` of nothing, the finer tensor at stride ``STRIDE``."""
+    ROWS: tl.constexpr = max(TOKENS // STRIDE, 1)
+    return tl.zeros((ROWS, HEADS, TOKENS), tl.float32)
+
+
+@triton.jit
 def gram_matrix(
     u_ptrs, u_strides, y_ptr, y_strides, row, first_head, tile, num_tokens, scale,
     RATIO: tl.constexpr, FINE: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
     GRAM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     """``G = UUᵀ/√K`` as rows (where ``GRAM``) and ``Uy`` (where ``y_ptr``), of every problem."""
     S: tl.constexpr = len(u_ptrs)
     sums = ()
-    for piece in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+    if LOOP:
+        for i in tl.static_range(S if GRAM else 0):
+            for _ in tl.static_range(i, S):
+                sums = sums + (empty_sum(1 if FINE else RATIO**i, HEADS, TOKENS),)
+        for _ in tl.static_range(0 if y_ptr is None else S):
+            sums = sums + (empty_sum(1, HEADS, TOKENS),)
+    at = None
+    if LOOP:
+        at = first_pieces(
+            u_ptrs, u_strides, row, first_head, tile, num_tokens,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+        )  # fmt: skip
+        if y_ptr is not None:
+            at = at + first_pieces(
+                (y_ptr,), (y_strides,), row, first_head, tile, num_tokens,
+                RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH,
+            )  # fmt: skip
+    for piece in (tl.range if LOOP else tl.static_range)(0, (WIDTH + PIECE - 1) // PIECE):
         u = load_scales(
             u_ptrs, u_strides, row, first_head, tile, piece, num_tokens,
-            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False,
+            RATIO, FINE, TOKENS, SHIFT, HEADS, PIECE, WIDTH, False, at,
         )  # fmt: skip
         parts = ()
         if GRAM:
@@ -163,13 +220,16 @@ def gram_matrix(
             y = load(
                 y_ptr, y_strides, row, first_head, tile, piece, num_tokens,
                 TOKENS, 1, 1, SHIFT, HEADS, PIECE, WIDTH, False,
+                None if at is None else at[S],
             )  # fmt: skip
             for i in tl.static_range(S):
                 parts = parts + (products(u[i], y, HEADS, TOKENS),)
+        if LOOP:
+            at = next_pieces(at, PIECE)
         old = sums
         sums = ()
         for n in tl.static_range(len(parts)):
-            sums = sums + ((old[n] + parts[n]) if piece > 0 else parts[n],)
+            sums = sums + (old[n] + parts[n] if len(old) > 0 else parts[n],)
     rows, b = (), ()
     for i in tl.static_range(S if GRAM else 0):
         entries = ()
@@ -226,6 +286,34 @@ def small(ptr, strides, row, head, token, SHIFT: tl.constexpr):
     """Pointers to the program's problems in a ``[B, H, N, …]`` tensor."""
     start = ptr + row * strides[0] + head.to(tl.int64) * strides[1]
     return start + (token - SHIFT).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_small(pointers, stride, real, S: tl.constexpr):
+    """A number a problem and scale, zero for problems that do not exist."""
+    result = ()
+    for _ in tl.static_range(S):
+        result = result + (tl.zeros(real.shape, tl.float32),)
+    for s in (tl.range if S > 4 else tl.static_range)(0, S):
+        value = tl.load(pointers, mask=real, other=0.0).to(tl.float32)
+        old = result
+        result = ()
+        for i in tl.static_range(S):
+            result = result + (tl.where(s == i, value, old[i]),)
+        pointers += stride
+    return result
+
+
+@triton.jit
+def store_small(pointers, stride, values, real):
+    """Write what `load_small` reads."""
+    S: tl.constexpr = len(values)
+    for s in (tl.range if S > 4 else tl.static_range)(0, S):
+        value = values[0]
+        for i in tl.static_range(1, S):
+            value = tl.where(s == i, values[i], value)
+        tl.store(pointers, value, mask=real)
+        pointers += stride
 
 
 @triton.jit
