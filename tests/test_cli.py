@@ -167,10 +167,19 @@ def test_bad_recipe(mistake: Maha, workplace: Path, recipe: str, message: str) -
     assert not (workplace / "runs" / "bad").exists()
 
 
+def test_too_little_text(maha: Maha, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "tiny.txt").write_text("a b c d e")
+    with pytest.raises(SystemExit):
+        maha("train", "small.yaml", "--data.train=[tiny.txt]", "--train.output_dir=runs/tiny")
+    *_, line = capsys.readouterr().err.splitlines()  # behind the bars of what had to be read
+    assert "data.train holds 6 tokens, less than one row of" in line
+    assert not (workplace / "runs" / "tiny").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train nowhere.yaml", "recipe 'nowhere.yaml' does not exist"),
+        ("train nowhere.yaml", "recipe nowhere.yaml: it does not exist"),
         ("train --overwrite small.yaml", "expected the recipe first, got --overwrite"),
         ("train small.yaml --train.max_step=1", "did you mean train.max_steps?"),
         ("train small.yaml --overwrite --resume", "not allowed with"),

@@ -217,7 +217,8 @@ def reproduce(arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         print(f"No report: {error.name} is not installed; pip install 'maha-attn[report]'")
     else:
-        print(summary(*write_report(options.selection.results)))
+        names = [exhibit.name for exhibit in options.exhibits]
+        print(summary(*write_report(options.selection.results), names))
     sys.exit(1 if outcome.failed else 0)
 
 

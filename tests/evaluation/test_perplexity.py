@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maha_attn.evaluation.perplexity import (
+    TextUnits,
     count_units,
     perplexities,
     scored_positions,
@@ -68,3 +69,8 @@ def test_units_and_perplexities_by_hand() -> None:
     assert found["perplexity"] == pytest.approx(8)
     assert found["word_perplexity"] == pytest.approx(8 ** (6 / 4))
     assert found["bits_per_byte"] == pytest.approx(3 * 6 / 12)
+    # A text without a space, or with words too long for a number; tokens without bytes.
+    assert perplexities(nll, TextUnits(tokens=6, words=0, bytes=9))["word_perplexity"] is None
+    many = np.full(1000, math.log(8))
+    assert perplexities(many, TextUnits(tokens=1000, words=1, bytes=900))["word_perplexity"] is None
+    assert perplexities(nll, TextUnits(tokens=6, words=0, bytes=0))["bits_per_byte"] is None

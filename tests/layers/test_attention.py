@@ -363,6 +363,8 @@ def test_compiled_without_a_graph_break_equals_eager(make_layer, options):
         (torch.randn(2, 5, 8), None, ValueError, ["x", "[B, N, 16]", "[2, 5, 8]"]),
         (torch.randn(2, 0, 16), None, ValueError, ["x", "at least one token", "[2, 0, 16]"]),
         (torch.zeros(2, 5, 16, dtype=torch.long), None, TypeError, ["x", "floating", "int64"]),
+        (torch.zeros(2, 5, 16, dtype=torch.float64), None, TypeError, ["x", "float32", "float64"]),
+        (torch.zeros(2, 5, 16).numpy(), None, TypeError, ["x", "Tensor", "ndarray"]),
         (
             torch.randn(2, 5, 16),
             torch.ones(2, 5),

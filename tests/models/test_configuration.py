@@ -44,6 +44,7 @@ def test_layer_types_choose_the_attention(tiny):
         ({"sparsity": 1.0}, "sparsity must be 0 when constraint='simplex'"),
         ({"layer_types": ["maha", "mamba"]}, "layer_types must hold one of maha, full, sliding"),
         ({"layer_types": ["maha"]}, "each of the 2 layers"),
+        ({"fushion": "nash"}, "unknown option 'fushion'; did you mean 'fusion'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"classifier_pooling": "max"}, "expected one of .*'mean', 'first', 'last'.* got max"),
     ],

@@ -34,17 +34,17 @@ def selected(folder: Path, experiment: str, *rows: str) -> list[Selected]:
             1.8,
             1.9,
             "holds",
-            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte); "
-            "with Nash fusion (−0.1000 ± 0.0000 bits per byte).",
+            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte, one seed); "
+            "with Nash fusion (−0.1000 ± 0.0000 bits per byte, one seed).",
         ),
         (
             *(1.8, 2.1, "holds under a condition"),
-            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte). "
-            "Does not hold with Nash fusion (+0.1000 ± 0.0000 bits per byte).",
+            "Holds with convex fusion (−0.2000 ± 0.0000 bits per byte, one seed). "
+            "Does not hold with Nash fusion (+0.1000 ± 0.0000 bits per byte, one seed).",
         ),
         (
             *(2.2, None, "does not hold"),
-            "Does not hold with convex fusion (+0.2000 ± 0.0000 bits per byte). "
+            "Does not hold with convex fusion (+0.2000 ± 0.0000 bits per byte, one seed). "
             "Not measured with Nash fusion.",
         ),
     ],

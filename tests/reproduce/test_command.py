@@ -55,7 +55,8 @@ def test_table2_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[st
         main(list(arguments))
     assert not ended.value.code
     done = 10 - len(before)
-    assert f"{done} run(s) done, {len(before)} there already." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{done} run(s) done, {len(before)} there already (to run one again" in printed
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     assert len(after) == 10
     assert {name: after[name] for name in before} == before

@@ -6,6 +6,7 @@ bits per byte are ``Σ nll / (bytes · log 2)``; the sums go over the scored tok
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -114,11 +115,21 @@ def count_units(
     return TextUnits(tokens=len(positions), words=num_words, bytes=num_bytes)
 
 
-def perplexities(nll: NDArray[np.float64], units: TextUnits) -> dict[str, float]:
-    """Perplexity per token and per word, and bits per byte."""
+def perplexities(nll: NDArray[np.float64], units: TextUnits) -> dict[str, float | None]:
+    """Perplexity per token and per word, and bits per byte.
+
+    None where there is no word or byte, or where words are too long for a number: not every
+    language puts spaces between them.
+    """
     total = float(nll.sum())
     return {
-        "perplexity": math.exp(total / units.tokens),
-        "word_perplexity": math.exp(total / units.words),
-        "bits_per_byte": total / units.bytes / math.log(2),
+        "perplexity": _exp(total, units.tokens),
+        "word_perplexity": _exp(total, units.words),
+        "bits_per_byte": total / units.bytes / math.log(2) if units.bytes else None,
     }
+
+
+def _exp(total: float, count: int) -> float | None:
+    if count == 0 or total / count > math.log(sys.float_info.max):
+        return None
+    return math.exp(total / count)

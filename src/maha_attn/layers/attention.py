@@ -12,7 +12,7 @@ from maha_attn.layers import decoding
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.fusion import ScaleFusion
 from maha_attn.layers.padding import check_tokens, to_front, to_places
-from maha_attn.layers.projection import autocast, project
+from maha_attn.layers.projection import autocast, project, under_autocast
 from maha_attn.layers.pyramid import ScalePyramid, zero_beyond
 from maha_attn.layers.stem import stem
 from maha_attn.ops.backend import use_triton
@@ -94,7 +94,8 @@ class MultiscaleAttention(nn.Module):
             ``y`` ``[B, N, D]``, zero at padding; with ``return_info``, ``(y, info)``.
 
         Raises:
-            TypeError: ``x`` is not floating point, or ``padding_mask`` is not boolean.
+            TypeError: ``x`` has not the dtype of the layer (autocast aside), or ``padding_mask``
+                is not boolean.
             ValueError: A shape is not as above, or ``cache`` is used in a bidirectional layer.
         """
         self._check(x, padding_mask, cache)
@@ -298,6 +299,12 @@ class MultiscaleAttention(nn.Module):
 
     def _check(self, x: Tensor, padding_mask: Tensor | None, cache: AttentionCache | None) -> None:
         check_tokens(x, padding_mask, self.spec.hidden_size)
+        dtype = self.v_proj.weight.dtype
+        if x.dtype != dtype and dtype.is_floating_point and not under_autocast(x):
+            raise TypeError(
+                f"x must have the layer's dtype {dtype}, got {x.dtype}; convert x or the layer "
+                "with .to(dtype), or use torch.autocast"
+            )
         if cache is not None:
             if not self.spec.causal:
                 raise ValueError(

@@ -11,9 +11,11 @@ def check_tokens(x: Tensor, padding_mask: Tensor | None, width: int) -> None:
     """Check a layer's input ``x`` ``[B, N, width]`` and its mask ``[B, N]``.
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``padding_mask`` is not boolean.
+        TypeError: ``x`` is no tensor or not floating point, or ``padding_mask`` is not boolean.
         ValueError: A shape is not as above, or ``N`` is 0.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[-1] != width:
         raise ValueError(f"x must have shape [B, N, {width}], got {list(x.shape)}")
     if x.shape[1] == 0:

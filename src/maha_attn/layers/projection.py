@@ -54,12 +54,15 @@ def plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast, where it is on, gives to a projection's operands."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if under_autocast(x) else x
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether a projection of ``x`` has its operands' dtype chosen by autocast."""
     device = x.device.type
     if x.dtype == torch.float64 or device == "meta":  # Which has no autocast to ask for.
-        return x
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return False
+    return torch.is_autocast_enabled(device)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

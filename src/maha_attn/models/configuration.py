@@ -1,6 +1,7 @@
 """Configuration of the models: AttentionSpec's options, flat, beside Hugging Face's own."""
 
 from dataclasses import field, fields, make_dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -54,7 +55,8 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
     answerer follow the configuration.
 
     Raises:
-        TypeError, ValueError: AttentionSpec's own; a size is below 1; ``layer_types`` does not fit.
+        TypeError, ValueError: AttentionSpec's own; a size is below 1; ``layer_types`` does not fit;
+            an unknown option is spelt much like a known one.
     """
 
     model_type = "maha"
@@ -82,6 +84,10 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
     def __post_init__(self, **kwargs: Any) -> None:
         for name, stored in _STORED_AS.items():
             setattr(self, name, kwargs.pop(stored, getattr(self, name)))
+        for name in kwargs:  # transformers keeps whatever it is given as an attribute.
+            close = get_close_matches(name, self.__dataclass_fields__, 1, cutoff=0.88)
+            if close and not hasattr(type(self), name):
+                raise ValueError(f"unknown option {name!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
@@ -115,10 +121,15 @@ class MahaConfig(PreTrainedConfig, _AttentionOptions):
         if self.layer_types is None:
             return
         unknown = set(self.layer_types) - set(ATTENTIONS)
-        if len(self.layer_types) != self.num_hidden_layers or unknown:
+        if unknown:
             raise ValueError(
-                f"layer_types must hold one of {', '.join(ATTENTIONS)} for each of the "
-                f"{self.num_hidden_layers} layers (num_hidden_layers), got {self.layer_types}"
+                f"layer_types must hold one of {', '.join(ATTENTIONS)} for each layer, got "
+                f"{', '.join(map(repr, sorted(unknown)))}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must hold a name for each of the {self.num_hidden_layers} layers "
+                f"(num_hidden_layers), got {len(self.layer_types)}: {self.layer_types}"
             )
 
     def to_dict(self) -> dict[str, Any]:

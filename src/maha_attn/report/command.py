@@ -1,6 +1,7 @@
 """``maha report``."""
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from maha_attn.experiments.definition import BUDGETS
@@ -57,9 +58,13 @@ def write_report(
     return report, written
 
 
-def summary(report: Report, written: list[Path]) -> str:
-    """For the terminal: every claim with its verdict, what was refused, where the files are."""
-    lines = [f"{v.status.upper():<24}{v.claim.text}" for v in report.verdicts]
+def summary(report: Report, written: list[Path], exhibits: Collection[str] | None = None) -> str:
+    """For the terminal: claims with their verdicts, what was refused, where the files are.
+
+    ``exhibits``: only claims of these.
+    """
+    verdicts = [v for v in report.verdicts if exhibits is None or v.exhibit in exhibits]
+    lines = [f"{v.status.upper():<24}{v.claim.text}" for v in verdicts]
     lines += [f"REFUSED                 {reason}" for reason in report.refused]
     refused = [p.refused for section in report.sections for p in section.selected if p.refused]
     lines += [f"REFUSED                 {reason}" for reason in dict.fromkeys(refused)]

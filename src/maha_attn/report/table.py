@@ -16,11 +16,14 @@ def perplexity_table(evaluation: dict[str, Any]) -> str:
         "",
         f"{'model':<10}{'perplexity':>14}{'per word':>14}{'bits per byte':>16}",
     ]
-    for name, values in evaluation["perplexities"].items():
-        lines.append(
-            f"{name:<10}{values['perplexity']:>14.2f}{values['word_perplexity']:>14.1f}"
-            f"{values['bits_per_byte']:>16.3f}"
-        )
+    found = evaluation["perplexities"]
+    for name, values in found.items():
+        cells = zip(values.values(), (14, 14, 16), (2, 1, 3), strict=True)
+        shown = ("–".rjust(w) if v is None else f"{v:{w}.{digits}f}" for v, w, digits in cells)
+        lines.append(f"{name:<10}" + "".join(shown))
+    best = min((v["perplexity"], name) for name, v in found.items() if v["perplexity"] is not None)
+    if best[1] != "maha":
+        lines += ["", f"Counting ({best[1]}) predicts this text better: train on more of it."]
     return "\n".join(lines)
 
 

@@ -186,6 +186,8 @@ def _describe(claim: Claim, finding: _Finding) -> str:
         words = f"{words} ± {_error_text(claim, finding.error)}"
     if claim.measure == "difference":
         words = f"{words} {metric(claim.metric).unit}".rstrip()
+    if finding.seeds == 1 and not finding.exact and claim.measure == "difference":
+        words += ", one seed"
     return f"{finding.case.condition} ({words})"
 
 

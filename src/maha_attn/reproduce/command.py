@@ -145,12 +145,15 @@ def reproduce(options: Options) -> Outcome:
         outcome = run_missing(todo, options.selection.results, options.command, clock, tell)
         progress.update(overall, completed=len(todo) - len(outcome.left))
         progress.remove_task(current)
-    console.print(_summary(outcome), highlight=False)
+    console.print(_summary(outcome, options.selection.results), highlight=False)
     return outcome
 
 
-def _summary(outcome: Outcome) -> str:
-    parts = [f"{len(outcome.done)} run(s) done", f"{len(outcome.kept)} there already"]
+def _summary(outcome: Outcome, results: Path) -> str:
+    kept = f"{len(outcome.kept)} there already"
+    if outcome.kept:
+        kept += f" (to run one again, delete its file in {results})"
+    parts = [f"{len(outcome.done)} run(s) done", kept]
     if outcome.left:
         parts.append(f"{len(outcome.left)} left for the next time: the same command goes on")
     lines = [", ".join(parts) + "."]

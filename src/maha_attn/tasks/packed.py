@@ -28,6 +28,12 @@ class PackedDocuments(Task):
         self.rows = {
             name: pack(part, self.tokenizer, self.data) for name, part in self.documents.items()
         }
+        tokens, length = len(self.rows["train"][0]["input_ids"]), self.data.sequence_length
+        if tokens < length:
+            raise ValueError(
+                f"data.train holds {tokens} tokens, less than one row of {length} "
+                "(data.sequence_length): give more text, or lower data.sequence_length"
+            )
 
     def describe(self) -> str:
         """Characters and documents."""

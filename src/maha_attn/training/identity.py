@@ -22,6 +22,7 @@ _MAY_CHANGE = (
 )
 """Beginnings of the Trainer's options that leave what is learned from each step as it was. Batches
 may be cut differently as long as a step learns from as many rows."""
+_OF_TEXT = ("tokenizer", "number of training rows", "content of training rows")
 _SAMPLED_ROWS = 64
 
 
@@ -65,9 +66,10 @@ def check_same_run(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]
         if name.startswith("train.") and name not in before:  # an option of a newer library
             continue
         if before.get(name) != value:
+            changed = "the training text has changed: " if name in _OF_TEXT else ""
             raise RunError(
-                f"cannot resume from {checkpoint}: {name} was {before.get(name)!r} there and is "
-                f"{value!r} now; keep it, or start anew with --overwrite"
+                f"cannot resume from {checkpoint}: {changed}{name} was {before.get(name)!r} there "
+                f"and is {value!r} now; keep it, or start anew with --overwrite"
             )
 
 

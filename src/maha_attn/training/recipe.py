@@ -242,7 +242,7 @@ def find_recipe(path: str) -> Path:
         if (folder / path).is_file():
             return folder / path
     raise ValueError(
-        f"recipe {path!r} does not exist (looked in {Path.cwd()}); "
+        f"it does not exist (looked in {Path.cwd()}); "
         "give the path of a YAML file, for example recipes/demo.yaml"
     )
 
