@@ -319,7 +319,7 @@ STATES = torch.ones(2, 5, 32)
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
+        ({"decoder_input_ids": IDS}, ValueError, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS}, ValueError, "exactly one of decoder_input_ids and decoder_inputs"),
         ({**BOTH, "decoder_inputs_embeds": STATES}, ValueError, "exactly one of decoder_input_ids"),
         ({**BOTH, "attention_mask": IDS[:, :4]}, ValueError, r"\[2, 5\].* got \[2, 4\]"),
