@@ -29,6 +29,15 @@ def test_table() -> None:
     assert len({len(line) for line in lines[2:]}) == 1
 
 
+def test_counting_that_wins_is_said() -> None:
+    found = EVALUATION["perplexities"]
+    worse = {**found["maha"], "perplexity": 70.0, "word_perplexity": None}
+    text = perplexity_table({**EVALUATION, "perplexities": {**found, "maha": worse}})
+    assert text.splitlines()[3].split() == ["maha", "70.00", "–", "1.988"]
+    assert "Counting (bigram) predicts this text better" in text
+    assert "Counting" not in perplexity_table(EVALUATION)
+
+
 def test_picture_shows_every_layer_and_scale(tmp_path: Path) -> None:
     path = tmp_path / "scales.png"
     draw_scale_usage(EVALUATION, path)

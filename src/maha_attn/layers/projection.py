@@ -32,7 +32,7 @@ def project(
     first = len(modules)
     modules = [*modules, *heads]
     weights = plain_weights(modules)
-    if len(modules) < 2 or weights is None:
+    if weights is None or (len(modules) < 2 and paired is None):
         results = [module(x) for module in modules]
         if paired is not None:
             results[first:] = (in_pairs(y, paired, -1) for y in results[first:])

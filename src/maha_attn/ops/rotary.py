@@ -27,8 +27,7 @@ def rotary_table(
         ``[..., 2, K]``: ``cos`` and ``(-sin, sin)``, each half repeated, so that a
         rotation is two multiplications and a swap of halves.
     """
-    frequencies = rotary_frequencies(head_dim, theta, dtype, positions.device)
-    angles = positions.to(dtype)[..., None] * frequencies
+    angles = _angles(positions, head_dim, theta, dtype)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, head_dim))
 
@@ -37,8 +36,7 @@ def paired_table(
     positions: Tensor, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`rotary_table` of the paired layout: ``e^(ipθ^(-2i/K))``, complex ``[..., K/2]``."""
-    frequencies = rotary_frequencies(head_dim, theta, dtype, positions.device)
-    angles = positions.to(dtype)[..., None] * frequencies
+    angles = _angles(positions, head_dim, theta, dtype)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -47,6 +45,11 @@ def in_pairs(x: Tensor, head_dim: int, dim: int) -> Tensor:
     dim %= x.dim()
     halves = x.unflatten(dim, (-1, 2, head_dim // 2))
     return halves.transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
+
+
+def _angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    frequencies = rotary_frequencies(head_dim, theta, dtype, positions.device)
+    return positions.to(dtype)[..., None] * frequencies
 
 
 def rotary_frequencies(

@@ -1,6 +1,10 @@
 """The numbers of an evaluation as a table for the terminal."""
 
+import math
 from typing import Any
+
+_PERPLEXITIES = (("perplexity", 14, 2), ("word_perplexity", 14, 1), ("bits_per_byte", 16, 3))
+"""Columns, their widths and digits."""
 
 
 def perplexity_table(evaluation: dict[str, Any]) -> str:
@@ -18,12 +22,14 @@ def perplexity_table(evaluation: dict[str, Any]) -> str:
     ]
     found = evaluation["perplexities"]
     for name, values in found.items():
-        cells = zip(values.values(), (14, 14, 16), (2, 1, 3), strict=True)
-        shown = ("–".rjust(w) if v is None else f"{v:{w}.{digits}f}" for v, w, digits in cells)
-        lines.append(f"{name:<10}" + "".join(shown))
-    best = min((v["perplexity"], name) for name, v in found.items() if v["perplexity"] is not None)
-    if best[1] != "maha":
-        lines += ["", f"Counting ({best[1]}) predicts this text better: train on more of it."]
+        cells = (
+            "–".rjust(width) if (value := values[column]) is None else f"{value:{width}.{digits}f}"
+            for column, width, digits in _PERPLEXITIES
+        )
+        lines.append(f"{name:<10}" + "".join(cells))
+    best = min(found, key=lambda name: found[name]["perplexity"] or math.inf)
+    if best != "maha":
+        lines += ["", f"Counting ({best}) predicts this text better: train on more of it."]
     return "\n".join(lines)
 
 

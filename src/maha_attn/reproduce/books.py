@@ -13,6 +13,7 @@ from maha_attn.data.tokenizer import token_bytes
 from maha_attn.evaluation.adaptivity import weight_variation
 from maha_attn.evaluation.documents import document_units, score_documents, split_documents
 from maha_attn.evaluation.language_modeling import stream
+from maha_attn.evaluation.perplexity import TextUnits, perplexities
 from maha_attn.experiments.statistics import bits_per_byte, bootstrap_error
 from maha_attn.explain.attention import explain_text
 from maha_attn.tasks import Task
@@ -34,15 +35,14 @@ def judge_on_books(task: Task, model: PreTrainedModel, recipe: Recipe) -> dict[s
     books, units = _books(task.rows[part], task.tokenizer, length)
     scores = score_documents(model, books, units, length, settings.batch_size, bf16)
     documents, first = scores["documents"], books[0]
-    sums = {name: math.fsum(d[name] for d in documents) for name in ("nll", "tokens", "words")}
+    nll = math.fsum(d["nll"] for d in documents)
+    whole = TextUnits(**{n: sum(d[n] for d in documents) for n in ("tokens", "words", "bytes")})
     error = bootstrap_error(lambda i: bits_per_byte([documents[k] for k in i]), len(documents))
     passage = first[:PASSAGE_TOKENS].tolist()
     return {
         "metrics": {
-            "bits_per_byte": bits_per_byte(documents),
+            **perplexities(np.array([nll]), whole),
             "bits_per_byte_error": None if math.isnan(error) else error,
-            "perplexity": math.exp(sums["nll"] / sums["tokens"]),
-            "word_perplexity": math.exp(sums["nll"] / sums["words"]),
         },
         **scores,
         "part": part,
