@@ -55,6 +55,9 @@ def test_scores_by_hand() -> None:
     assert found["exact"] == found["f1"] == 50
     assert found["has_answer_exact"] == 50
     assert found["no_answer_exact"] == 50
+    # answers 1 and 2, the margins aside
+    assert found["forced_exact"] == 50
+    assert found["forced_f1"] == pytest.approx(100 * (1 + 2 / 3) / 2)
     # threshold -2: 1 kept, the others emptied: 1, 3 and 4 right
     assert (found["best_exact"], found["best_exact_threshold"]) == (75, -2)
     kept = span_scores(answers, references, threshold=2.0)
@@ -65,7 +68,7 @@ def test_scores_by_hand() -> None:
 def test_parts_without_one_kind_of_question() -> None:
     answers = [Answer("cat", -1.0)]
     assert "no_answer_exact" not in span_scores(answers, [["cat"]])
-    assert "has_answer_exact" not in span_scores(answers, [[]])
+    assert not {"has_answer_exact", "forced_exact"} & set(span_scores(answers, [[]]))
 
 
 @given(

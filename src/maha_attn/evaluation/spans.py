@@ -107,8 +107,9 @@ def span_scores(
     Returns:
         ``exact`` and ``f1`` over all questions; ``has_answer_exact``, ``has_answer_f1`` and
         ``no_answer_exact`` over those with and without an answer, where there are any;
-        ``best_exact`` and ``best_f1``, with the thresholds that maximise them on these very
-        questions, and those thresholds; ``threshold``.
+        ``forced_exact`` and ``forced_f1`` over those with an answer, whatever the margin: does the
+        model find it, once it is told that there is one? ``best_exact`` and ``best_f1``, with the
+        thresholds that maximise them on these very questions, and those thresholds; ``threshold``.
     """
     answerable = np.array([bool(texts) for texts in references])
     margins = np.array([answer.no_answer_margin for answer in answers])
@@ -125,6 +126,7 @@ def span_scores(
         result[name] = 100 * float(chosen.mean())
         if answerable.any():
             result[f"has_answer_{name}"] = 100 * float(chosen[answerable].mean())
+            result[f"forced_{name}"] = 100 * float(raw[answerable].mean())
         best, at = _best_threshold(margins, raw, empty)
         result |= {f"best_{name}": 100 * best, f"best_{name}_threshold": at}
     if empty.any():

@@ -45,6 +45,7 @@ METRICS = {
     "visible_pairs": Metric("visible pairs, M", 2, 1e6),
     "accuracy": Metric("accuracy, %", 2, unit="points"),
     "f1": Metric("F1, %", 2, unit="points"),
+    "forced_f1": Metric("F1 of answers that exist, %", 2, unit="points"),
     "majority_accuracy": Metric("commonest class, %", 2, unit="points"),
     "exact": Metric("exact match, %", 2, unit="points"),
     "chrf": Metric("chrF", 2),
