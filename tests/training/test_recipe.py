@@ -97,3 +97,4 @@ def test_help_shows_the_attention_and_hides_the_rest(capsys: pytest.CaptureFixtu
     assert "--train.learning_rate " in shown
     assert "--train.deepspeed" not in shown
     assert "--model.id2label" not in shown
+    assert "ρ > 0 of the fusion problem. (type: float, default: 0.01)" in " ".join(shown.split())

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -138,9 +138,10 @@ def recipe_parser(sections: dict[str, type], **options: Any) -> ArgumentParser:
 
 
 def print_help(parser: ArgumentParser) -> None:
-    """Print the help, less the options that few need; AttentionSpec's words explain its own."""
+    """Print the help, less the options that few need; AttentionSpec explains and types its own."""
     documented = parse_docstring(AttentionSpec.__doc__ or "").params
     explained = {parameter.arg_name: parameter.description for parameter in documented}
+    types = get_type_hints(AttentionSpec)
     for action in parser._actions:
         section, _, name = action.dest.partition(".")
         name = name.removesuffix(".help")
@@ -148,6 +149,7 @@ def print_help(parser: ArgumentParser) -> None:
             action.help = SUPPRESS
         elif section == "model" and name in explained:
             action.help = str(explained[name]).replace("``", "")
+            action._typehint = types[name]  # pyright: ignore[reportAttributeAccessIssue]
         elif section == "train" and name not in TRAIN_SHOWN:
             action.help = SUPPRESS
     parser.print_help()
