@@ -257,7 +257,10 @@ def test_the_decoder_is_the_pretrained_ones(train: Train, tmp_path: Path) -> Non
             "sst.yaml --data.columns.text=sentence",
             "sst.jsonl (data.train) has no column 'sentence'",
         ),
-        ("sst.yaml --data.labels=[bad,good,fine] --data.max_length=4", "sst.jsonl, row 3: has 6"),
+        (
+            "sst.yaml --data.labels=[bad,good,fine] --data.max_length=4",
+            "sst.jsonl, row 3, field 'text': the row has 6",
+        ),
         ("sst.yaml --data.validation=book.txt", "book.txt (data.validation) has no column 'label'"),
         ("sst.yaml --data.columns.label=text", "data.columns must name different columns"),
         ("sst.yaml --variant=gpu", "no variant 'gpu'; there are none"),

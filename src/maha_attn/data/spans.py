@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from tokenizers import Encoding
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from maha_attn.data.source import Part, load_parts
@@ -86,16 +87,16 @@ def load_spans(settings: SpanSettings) -> dict[str, Part]:
 
 def _require_answers(part: Part) -> None:
     """Refuse answers that are not in their contexts."""
-    for row, (context, texts, starts) in enumerate(
-        zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
-    ):
+    examples = zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
+    checked = tqdm(examples, f"Checking {part.name}", len(part.rows), delay=2)
+    for row, (context, texts, starts) in enumerate(checked):
         if len(texts) != len(starts):
-            part.refuse(row, "answers", f"has {len(texts)} text but {len(starts)} answer_start")
+            part.refuse(row, "texts", f"has {len(texts)} text but {len(starts)} answer_start")
         for text, start in zip(texts, starts, strict=True):
             if not text or not context.startswith(text, start):
                 found = context[start : start + max(len(text), 20)]
                 part.refuse(
-                    row, "answers", f"expected {text!r} in context at {start}; found {found!r}"
+                    row, "texts", f"expected {text!r} in context at {start}; found {found!r}"
                 )
 
 
