@@ -57,6 +57,11 @@ def test_saved_classifier_works_in_a_pipeline(train: Train, tmp_path: Path) -> N
     assert found["label"] in ("negative", "positive")
 
 
+def test_what_is_soon_done_shows_no_bar(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train("sst.yaml", "--data.max_length=100")  # of which nothing is in the cache yet
+    assert "|" not in capsys.readouterr().err
+
+
 def test_seeds_give_runs_and_a_summary(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
