@@ -2,8 +2,10 @@
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 _CACHE = TemporaryDirectory(prefix="maha-attn-tests-")
 # Before torch, transformers and datasets are imported anywhere.
@@ -45,6 +47,25 @@ def novel() -> str:
 
     (file,) = find_files("embedded:alice_in_wonderland")
     return gzip.decompress(file.read_bytes()).decode()
+
+
+@pytest.fixture(scope="session")
+def hub_folder() -> Callable[..., Path]:
+    """Write a data set as the hub keeps it: parquet files, declared in the header of its README."""
+
+    def write(folder: Path, configs: dict[str, dict[str, Any]]) -> Path:
+        header = ""
+        for config, splits in configs.items():
+            header += f"- config_name: {config}\n  data_files:\n"
+            for split, rows in splits.items():
+                path = folder / config / f"{split}-00000-of-00001.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rows.to_parquet(path)
+                header += f"  - split: {split}\n    path: {config}/{split}-*\n"
+        (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+        return folder
+
+    return write
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,11 +6,11 @@ got wrong is told in one line, before any work is begun.
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache, partialmethod
 from typing import TYPE_CHECKING, Any
 
 from maha_attn.training.checkpoint import RunError
@@ -82,7 +82,6 @@ examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that ``arguments`` (by default those of the process) ask for."""
-    os.environ.setdefault("TQDM_DELAY", "2")  # Bars of what is done sooner only flicker.
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         run, _ = COMMANDS[arguments[0]]
@@ -122,9 +121,9 @@ def train(arguments: list[str]) -> None:
         if path.startswith("-"):
             raise ValueError(f"expected the recipe first, got {path}; see maha train --help")
         flags, overrides = train_flags(rest)
+        quiet_libraries()
         todo = work.plan(path, overrides, work.Flags(**vars(flags)))
         folders = work.open_folders(todo)
-    quiet_libraries()
     is_main = is_main_process()
     if is_main:
         print(f"{todo.task.describe()}; run folder {todo.folder}", flush=True)
@@ -167,10 +166,10 @@ def evaluate(arguments: list[str]) -> None:
         from maha_attn.tasks import runs as work
 
         run, settings = parse_run(prog, EVAL_HELP, arguments, "evaluation")
+        quiet_libraries()
         recipe = work.stored_recipe(run, asdict(settings))
         kind, model, _ = work.load_model(run)
         task = kind(recipe)
-    quiet_libraries()
     show(run, work.judge(task, model, recipe, run))
 
 
@@ -342,8 +341,14 @@ def user_errors(
     sys.exit(2)
 
 
+@cache
 def quiet_libraries() -> None:
-    """Leave the terminal to progress bars that take longer than two seconds."""
+    """Leave the terminal to progress bars that take longer than two seconds; others only flicker.
+
+    tqdm's own TQDM_DELAY would come too late: torch has imported tqdm before this file is read.
+    """
     import transformers
+    from tqdm import tqdm
 
     transformers.utils.logging.disable_progress_bar()
+    tqdm.__init__ = partialmethod(tqdm.__init__, delay=2)  # pyright: ignore[reportAttributeAccessIssue]

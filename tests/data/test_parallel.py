@@ -38,7 +38,7 @@ def test_both_sides(write: Write) -> None:
 def test_long_sides_are_refused_or_cut(write: Write) -> None:
     file = write("a.jsonl", ROWS)
     chosen = settings(file, max_length=16)
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"row 2, field 'translation\.de': the row has \d+ tokens"):
         encode(load_parallel(chosen)["train"], TOKENIZER, chosen)
     cut = settings(file, max_length=16, truncate=True)
     rows = encode(load_parallel(cut)["train"], TOKENIZER, cut)
@@ -48,5 +48,5 @@ def test_long_sides_are_refused_or_cut(write: Write) -> None:
 
 def test_empty_side(write: Write) -> None:
     rows = [*ROWS, {"translation": {"de": "", "en": "Nothing."}}]
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 3, field 'target': is empty"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 3, field 'translation\.de': is empty"):
         load_parallel(settings(write("a.jsonl", rows)))

@@ -18,18 +18,6 @@ COLUMNS = {"text": "sentence", "label": "label"}
 Write = Callable[[str, list[dict[str, Any]]], str]
 
 
-def hub_folder(folder: Path, config: str, splits: dict[str, Dataset]) -> Path:
-    """A dataset's repository: parquet files by configuration, declared in the README's header."""
-    for split, rows in splits.items():
-        path = folder / config / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(path)
-    files = "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in splits)
-    header = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n"
-    (folder / "README.md").write_text(header)
-    return folder
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"])
 def test_formats_agree(write: Write, name: str) -> None:
     part = load_part(SourceSettings(train=write(name, ROWS)), "train", COLUMNS)
@@ -38,12 +26,13 @@ def test_formats_agree(write: Write, name: str) -> None:
     assert part.rows.to_list() == expected
 
 
-def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
+def test_a_dataset_of_the_hub(tmp_path: Path, hub_folder: Callable[..., Path]) -> None:
     features = Features(
         {"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])}
     )
     rows = Dataset.from_list(ROWS, features=features)
-    hub_folder(tmp_path / "glue", "sst2", {"train": rows, "validation": rows.select([1])})
+    splits = {"train": rows, "validation": rows.select([1])}
+    hub_folder(tmp_path / "glue", {"sst2": splits})
     settings = SourceSettings(
         dataset=str(tmp_path / "glue"), config="sst2", train="train[:2]", validation="validation"
     )
@@ -116,10 +105,10 @@ def test_files_that_do_not_agree(write: Write) -> None:
         load_part(SourceSettings(train=files), "train", COLUMNS)
 
 
-def test_bad_datasets(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'nyu-mll/glue', split 'train' \(data\.train\): .*reach"):
-        load_part(SourceSettings(dataset="nyu-mll/glue", train="train"), "train", COLUMNS)
-    folder = hub_folder(tmp_path / "glue", "sst2", {"train": Dataset.from_list(ROWS)})
+def test_bad_datasets(tmp_path: Path, hub_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"'nobody/nothing', split 'train' .*can be reached"):
+        load_part(SourceSettings(dataset="nobody/nothing", train="train"), "train", COLUMNS)
+    folder = hub_folder(tmp_path / "glue", {"sst2": {"train": Dataset.from_list(ROWS)}})
     with pytest.raises(ValueError, match=r"split 'dev' \(data\.train\): Unknown split"):
         load_part(SourceSettings(dataset=str(folder), train="dev"), "train", COLUMNS)
     other = SourceSettings(dataset=str(folder), config="mnli", train="train")
@@ -130,9 +119,12 @@ def test_bad_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"sentence": "a"}, {"sentence": " \n"}], r"row 2, field 'text': is empty"),
-        ([{"sentence": "a"}, {"sentence": None}], r"row 2, field 'text': expected text, got None"),
-        ([{"sentence": 5}], r"row 1, field 'text': expected text, got 5"),
+        ([{"sentence": "a"}, {"sentence": " \n"}], r"row 2, field 'sentence': is empty"),
+        (
+            [{"sentence": "a"}, {"sentence": None}],
+            r"row 2, field 'sentence': expected text, got None",
+        ),
+        ([{"sentence": 5}], r"row 1, field 'sentence': expected text, got 5"),
     ],
 )
 def test_require_text(write: Write, rows: list[dict[str, Any]], message: str) -> None:

@@ -93,11 +93,11 @@ def test_genuine_answers_survive_tokenising(shared_data: Path) -> None:
     [
         (
             {"answers": {"text": ["1913"], "answer_start": [3]}},
-            r"a\.jsonl, row 2, field 'answers': expected '1913' in context at 3; found ' café",
+            r"a\.jsonl, row 2, field 'answers.text': expected '1913' in context at 3; found ' café",
         ),
         (
             {"answers": {"text": ["The"], "answer_start": [0, 5]}},
-            "row 2, field 'answers': has 1 text but 2 answer_start",
+            "row 2, field 'answers.text': has 1 text but 2 answer_start",
         ),
         ({"context": ""}, "row 2, field 'context': is empty"),
     ],

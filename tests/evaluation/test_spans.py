@@ -116,4 +116,4 @@ def test_the_best_window_answers_and_the_surest_decides() -> None:
     starts = [np.array([1.0, 0, 3, 9, 99]), np.array([4.0, 2, 9, 99])]
     ends = [np.array([1.0, 0, 3, 9, 99]), np.array([0.0, 5, 9, 99])]
     (answer,) = find_answers([context], [0, 0], offsets, starts, ends, 5)
-    assert answer == Answer("mat", 2 - 7)
+    assert answer == Answer("mat", 2 - 7, start=17)

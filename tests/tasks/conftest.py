@@ -31,10 +31,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "sst.jsonl", [{"text": text, "label": label} for text, label in texts])
     pairs = [{"en": f"a dog {i}", "de": f"ein Hund {i}"} for i in range(12)]
     write(folder / "ende.jsonl", pairs)
+    context = "The café stood by the river. It closed in 1912."
+    answers = {"1912": [42], "the river": [18]}
+    questions = [("When did it close?", "1912"), ("Where was it?", "the river"), ("Whose?", "")] * 3
+    spans = [
+        {
+            "question": question,
+            "context": context,
+            "answers": {"text": [text] * bool(text), "answer_start": answers.get(text, [])},
+        }
+        for question, text in questions
+    ]
+    write(folder / "qa.jsonl", spans)
     (folder / "book.txt").write_text("The cat sat on the mat; the dog did not.\n" * 60)
     recipes = {
         "mlm": "task: masked_language_modeling\ndata: {train: book.txt, sequence_length: 32}",
         "sst": "task: sequence_classification\ndata: {train: sst.jsonl, validation: sst.jsonl}",
+        "qa": "task: question_answering\n"
+        "data: {train: qa.jsonl, validation: qa.jsonl, max_length: 64, stride: 8}",
         "ende": "task: translation\n"
         "data: {train: ende.jsonl, validation: ende.jsonl, columns: {source: en, target: de}}\n"
         "generation: {temperature: 0, max_new_tokens: 5, prompt: a dog}",

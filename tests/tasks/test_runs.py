@@ -1,15 +1,23 @@
 """Runs: from a pretrained model, with several seeds, by LoRA, stopped early; what cannot be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from maha_attn.cli import main
 from maha_attn.data.tokenizer import train_tokenizer
+from maha_attn.evaluation.answering import answer_questions
+from maha_attn.evaluation.spans import span_scores
 from maha_attn.tasks import runs
 
 from .conftest import Mistake, Train
@@ -47,6 +55,11 @@ def test_saved_classifier_works_in_a_pipeline(train: Train, tmp_path: Path) -> N
     classify = pipeline("text-classification", model=model, tokenizer=folder, device="cpu")
     (found,) = classify("good film")  # pyright: ignore
     assert found["label"] in ("negative", "positive")
+
+
+def test_what_is_soon_done_shows_no_bar(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train("sst.yaml", "--data.max_length=100")  # of which nothing is in the cache yet
+    assert "|" not in capsys.readouterr().err
 
 
 def test_seeds_give_runs_and_a_summary(
@@ -127,13 +140,44 @@ def test_translating_a_prompt(
     assert "a dog 3" not in capsys.readouterr().out
 
 
-def test_a_classifier_writes_no_text(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("recipe", "found"), [("sst", "'label': "), ("mlm", "'token_str': "), ("qa", "Answer(text=")]
+)
+def test_what_writes_no_text_says_how_to_use_it(
+    recipe: str, found: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train("sst.yaml")
+    train(f"{recipe}.yaml")
     with pytest.raises(SystemExit):
         main(["generate", str(tmp_path / "run"), "a film"])
-    assert "pipeline('text-classification'" in capsys.readouterr().err
+    _, advice = capsys.readouterr().err.strip().split("writes no text; use it in Python: ")
+    exec(advice, {})
+    assert found in capsys.readouterr().out
+
+
+def test_answering_questions_as_evaluation_does(train: Train, tmp_path: Path) -> None:
+    found = train("qa.yaml", "--train.max_steps=40", "--train.learning_rate=0.01")
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in Path("qa.jsonl").read_text().splitlines()]
+    questions, contexts = ([row[name] for row in rows] for name in ("question", "context"))
+    answers = answer_questions(
+        model, tokenizer, questions, contexts, max_length=64, stride=8, batch_size=2
+    )
+    scores = span_scores(answers, [row["answers"]["text"] for row in rows])
+    assert scores == pytest.approx(found["metrics"]["validation"])
+    for answer, context in zip(answers, contexts, strict=True):
+        assert answer.start is not None
+        assert context.startswith(answer.text, answer.start)
+    # One window, or many that overlap.
+    (long,) = answer_questions(
+        model, tokenizer, questions[:1], [contexts[0] * 9], max_length=64, stride=8
+    )
+    assert long.text
+    with pytest.raises(ValueError, match="must be two lists of the same length, got str and list"):
+        answer_questions(model, tokenizer, "Who?", contexts)
+    with pytest.raises(ValueError, match="questions, row 2, field 'context': is empty"):
+        answer_questions(model, tokenizer, questions[:2], [contexts[0], ""])
 
 
 def test_model_and_tokenizer_of_a_run_belong_together(train: Train, tmp_path: Path) -> None:
@@ -157,6 +201,58 @@ def test_a_tokenizer_that_is_not_the_pretrained_models(mistake: Mistake, tmp_pat
     assert "the tokenizer has 264 tokens and the model in runs/mlm/model has vocab_size" in line
 
 
+def test_a_tokenizer_of_the_same_size_with_other_tokens(mistake: Mistake, tmp_path: Path) -> None:
+    size = json.loads(Path("runs/mlm/model/config.json").read_text())["vocab_size"]
+    train_tokenizer(["yz".join(map(chr, range(97, 123))) * 9], size, framed=True).save_pretrained(
+        tmp_path / "other"
+    )
+    line = mistake("sst.yaml", *PRETRAINED, f"--data.tokenizer={tmp_path / 'other'}")
+    assert "the tokenizer has other tokens than the model in runs/mlm/model" in line
+
+
+def test_a_pretrained_model_of_another_kind(train: Train, mistake: Mistake, tmp_path: Path) -> None:
+    train("ende.yaml", f"--train.output_dir={tmp_path / 'ende'}")
+    line = mistake("sst.yaml", "--pretrained", str(tmp_path / "ende"))
+    assert "ende' holds a model of type 'maha-seq2seq', whose weights have no place in a" in line
+    line = mistake("ende.yaml", *PRETRAINED)
+    assert "'runs/mlm' holds a model of type 'maha', whose weights have no place in a Maha" in line
+
+
+def test_a_pretrained_model_without_all_its_weights(mistake: Mistake, tmp_path: Path) -> None:
+    shutil.copytree("runs/mlm/model", tmp_path / "part")
+    weights = tmp_path / "part" / "model.safetensors"
+    whole = load_file(weights)
+    save_file({n: w for n, w in whole.items() if "norm" not in n}, weights, {"format": "pt"})
+    line = mistake("sst.yaml", "--pretrained", str(tmp_path / "part"))
+    assert "lacks 3 of the weights that its own config.json describes, model.layers.0." in line
+    save_file(whole | {"model.norm.weight": torch.ones(5)}, weights, {"format": "pt"})
+    line = mistake("sst.yaml", "--pretrained", str(tmp_path / "part"))
+    assert "lacks 1 of the weights that its own config.json describes, model.norm.weight" in line
+    weights.write_bytes(weights.read_bytes()[:-9])
+    line = mistake("sst.yaml", "--pretrained", str(tmp_path / "part"))
+    assert "the weights of the pretrained model" in line
+    assert "cannot be read" in line
+
+
+def test_a_head_for_other_classes_begins_anew(train: Train, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train("sst.yaml", f"--train.output_dir={first}")
+    train("sst.yaml", "--data.labels=[bad,good,fine]", "--pretrained", str(first))
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert after["score.weight"].shape[0] == 3
+
+
+def test_the_decoder_is_the_pretrained_ones(train: Train, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train("ende.yaml", "--model.num_decoder_layers=2", f"--train.output_dir={first}")
+    train("ende.yaml", "--pretrained", str(first), "--train.learning_rate=0")
+    before, after = (
+        load_file(folder / "model" / "model.safetensors") for folder in (first, tmp_path / "run")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,7 +262,10 @@ def test_a_tokenizer_that_is_not_the_pretrained_models(mistake: Mistake, tmp_pat
             "sst.yaml --data.columns.text=sentence",
             "sst.jsonl (data.train) has no column 'sentence'",
         ),
-        ("sst.yaml --data.labels=[bad,good,fine] --data.max_length=4", "sst.jsonl, row 3: has 6"),
+        (
+            "sst.yaml --data.labels=[bad,good,fine] --data.max_length=4",
+            "sst.jsonl, row 3, field 'text': the row has 6",
+        ),
         ("sst.yaml --data.validation=book.txt", "book.txt (data.validation) has no column 'label'"),
         ("sst.yaml --data.columns.label=text", "data.columns must name different columns"),
         ("sst.yaml --variant=gpu", "no variant 'gpu'; there are none"),

@@ -1,7 +1,7 @@
 """Documents to rows of tokens, for language models and masked language models."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -38,7 +38,9 @@ class CorpusSettings(SourceSettings):
             is no validation.
         tokenizer: Folder of a byte-level tokenizer; left out, one of model.vocab_size tokens is
             trained on the training part.
-        sequence_length: Tokens in a row, the model's context in training.
+        sequence_length: Tokens in a row, the model's context in training. Rows are cut from the
+            stream of all documents; one may hold the end of a document and the beginning of the
+            next, and attention crosses the end-of-text token between them.
     """
 
     columns: CorpusColumns = field(default_factory=CorpusColumns)
@@ -77,7 +79,8 @@ def _hold_out(part: Part, held_out: float) -> tuple[Part, Part]:
         return part.rows.map(_cut, fn_kwargs=options, desc="Holding text out")
 
     train, validation = (
-        Part(name, cut(piece), part.sources) for piece, name in enumerate(("train", "validation"))
+        replace(part, name=name, rows=cut(piece))
+        for piece, name in enumerate(("train", "validation"))
     )
     for piece in (train, validation):
         if found := piece.first("text", lambda text: not text.strip()):
@@ -97,8 +100,10 @@ def pack(part: Part, tokenizer: PreTrainedTokenizerFast, settings: CorpusSetting
     """Tokenise documents into rows without losing a token.
 
     Every document is followed by the end-of-text token; the rows are cut from the whole stream, so
-    all have ``sequence_length`` tokens but the last. datasets keeps the tokens and the rows in its
-    cache: the same documents, tokenizer and length are worked on once.
+    all have ``sequence_length`` tokens but the last. That token is all that marks the boundary of
+    two documents in a row: attention crosses it, and so do the blocks of the coarse scales.
+    datasets keeps the tokens and the rows in its cache: the same documents, tokenizer and length
+    are worked on once.
 
     Returns:
         A dataset with the column ``input_ids``.

@@ -6,6 +6,8 @@ from glob import glob
 from importlib.resources import files
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 EMBEDDED = "embedded:"
 """What a file's name starts with where it means a novel of the package (data/embedded)."""
 SAMPLES = "MAHA_DATA"
@@ -64,7 +66,8 @@ def undecodable(path: Path) -> str | None:
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 - named below
+            lines = tqdm(file, f"Checking {path.name}", unit=" lines", delay=2)
+            for number, line in enumerate(lines, 1):  # noqa: B007 - named below
                 line.decode()
     except (gzip.BadGzipFile, EOFError) as error:
         return f"is no whole gzip file: {error}"

@@ -1,7 +1,7 @@
 """Labelled texts and pairs of texts to rows of tokens, for sequence classification."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ def _number(part: Part, labels: list[str]) -> Part:
         )
     numbers = [number[label] for label in part.rows["label"]]
     rows = part.rows.remove_columns("label").add_column("label", numbers)  # pyright: ignore[reportCallIssue]
-    return Part(part.name, rows, part.sources)
+    return replace(part, rows=rows)
 
 
 def _unknown(label: Any, number: dict[Any, int]) -> bool:
@@ -128,8 +128,12 @@ def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: LabelledSet
     """
     max_length = settings.max_length if settings.truncate else None
     rows = tokenise(part, _encode, tokenizer, settings, max_length=max_length)
+    fields = [name for name in ("text", "pair") if name in part.rows.column_names]
     refuse_long_rows(
-        part, rows, settings.max_length, "raise it, or set data.truncate to cut such rows"
+        part,
+        rows,
+        settings.max_length,
+        lambda row: max(fields, key=lambda field: len(part.rows[row][field])),
     )
     return rows
 

@@ -78,7 +78,10 @@ def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: ParallelSet
         end=tokenizer.eos_token_id,
     )
     refuse_long_rows(
-        part, rows, settings.max_length, "raise it, or set data.truncate to cut such rows"
+        part,
+        rows,
+        settings.max_length,
+        lambda row: "source" if len(rows[row]["input_ids"]) > settings.max_length else "target",
     )
     return rows
 

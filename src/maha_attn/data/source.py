@@ -5,12 +5,13 @@ with the file, the row and the field.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
 from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
+from tqdm.auto import tqdm
 
 from maha_attn.data.files import find_files, find_folder, undecodable
 
@@ -66,11 +67,19 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """The examples of one part (train, validation, test), and which file each row came from."""
+    """The examples of one part, and how a user finds each of them.
+
+    Args:
+        name: train, validation or test.
+        rows: Its examples.
+        sources: Which file or split the rows came from, and how many of them.
+        columns: The columns of ``rows`` → those of the data, where they are called otherwise.
+    """
 
     name: str
     rows: Dataset
     sources: list[tuple[str, int]]
+    columns: dict[str, str] = field(default_factory=dict)
 
     def where(self, row: int) -> str:
         """The row, counted from 1, as a user finds it: ``sst2/train.jsonl, row 17``."""
@@ -82,25 +91,28 @@ class Part:
 
     def refuse(self, row: int, field: str, message: str) -> NoReturn:
         """Tell what is wrong with a field of a row."""
-        raise ValueError(f"{self.where(row)}, field {field!r}: {message}")
+        raise ValueError(f"{self.where(row)}, field {self.columns.get(field, field)!r}: {message}")
 
     def first(self, field: str, wrong: Callable[[Any], bool]) -> tuple[int, Any] | None:
         """The first row whose field is ``wrong``, and what it holds; None: there is no such row."""
-        row = 0
-        for batch in self.rows.select_columns([field]).iter(batch_size=10_000):
-            for value in batch[field]:  # pyright: ignore[reportArgumentType, reportCallIssue]
-                if wrong(value):
-                    return row, value
-                row += 1
-        return None
+        values = (
+            value
+            for batch in self.rows.select_columns([field]).iter(batch_size=1000)
+            for value in batch[field]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        )
+        checked = tqdm(values, f"Checking {self.name}", len(self.rows), delay=2)
+        return next(((row, value) for row, value in enumerate(checked) if wrong(value)), None)
 
-    def require_text(self, *fields: str) -> None:
+    def require_text(self, *names: str) -> None:
         """Refuse a field that does not hold text in every row."""
-        for field in fields:
-            if found := self.first(field, lambda value: not isinstance(value, str)):
-                self.refuse(found[0], field, f"expected text, got {found[1]!r}")
-            if found := self.first(field, lambda text: not text.strip()):
-                self.refuse(found[0], field, "is empty; expected text")
+        for name in names:
+            found = self.first(name, lambda value: not isinstance(value, str) or not value.strip())
+            if found:
+                row, value = found
+                empty = "is empty; expected text"
+                self.refuse(
+                    row, name, empty if isinstance(value, str) else f"expected text, got {value!r}"
+                )
 
 
 def load_parts(settings: SourceSettings, columns: dict[str, str]) -> dict[str, Part]:
@@ -145,7 +157,7 @@ def load_part(settings: SourceSettings, part: str, columns: dict[str, str]) -> P
         ) from None
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
-    return Part(part, rows, [(source, len(piece)) for source, piece in renamed])
+    return Part(part, rows, [(source, len(piece)) for source, piece in renamed], columns)
 
 
 def _load_files(name: str) -> list[tuple[str, Dataset]]:

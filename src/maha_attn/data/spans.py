@@ -5,12 +5,14 @@ A long context does not fit one row: it is cut into windows that overlap, each a
 question that has none, the answer is the first token (START).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from tokenizers import Encoding
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from maha_attn.data.source import Part, load_parts
@@ -85,16 +87,16 @@ def load_spans(settings: SpanSettings) -> dict[str, Part]:
 
 def _require_answers(part: Part) -> None:
     """Refuse answers that are not in their contexts."""
-    for row, (context, texts, starts) in enumerate(
-        zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
-    ):
+    examples = zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
+    checked = tqdm(examples, f"Checking {part.name}", len(part.rows), delay=2)
+    for row, (context, texts, starts) in enumerate(checked):
         if len(texts) != len(starts):
-            part.refuse(row, "answers", f"has {len(texts)} text but {len(starts)} answer_start")
+            part.refuse(row, "texts", f"has {len(texts)} text but {len(starts)} answer_start")
         for text, start in zip(texts, starts, strict=True):
             if not text or not context.startswith(text, start):
                 found = context[start : start + max(len(text), 20)]
                 part.refuse(
-                    row, "answers", f"expected {text!r} in context at {start}; found {found!r}"
+                    row, "texts", f"expected {text!r} in context at {start}; found {found!r}"
                 )
 
 
@@ -110,14 +112,10 @@ def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: SpanSetting
     Raises:
         ValueError: A question leaves no room for its context.
     """
-    _require_room(part, tokenizer, settings)
-    numbered = Part(
-        part.name,
-        part.rows.add_column("row", list(range(len(part.rows)))),  # pyright: ignore[reportCallIssue]
-        part.sources,
-    )
+    _require_room(part, tokenizer, settings.max_length, settings.stride)
+    rows = part.rows.add_column("row", list(range(len(part.rows))))  # pyright: ignore[reportCallIssue]
     return tokenise(
-        numbered,
+        replace(part, rows=rows),
         _encode,
         tokenizer,
         settings,
@@ -126,11 +124,41 @@ def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: SpanSetting
     )
 
 
-def _require_room(part: Part, tokenizer: PreTrainedTokenizerFast, settings: SpanSettings) -> None:
+def encode_questions(
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    stride: int,
+) -> Dataset:
+    """The windows of questions that wait for an answer; otherwise as :func:`encode`.
+
+    Raises:
+        ValueError: There are not as many contexts as questions, one is empty, or a question leaves
+            no room for its context.
+    """
+    num = len(questions)
+    if isinstance(questions, str) or isinstance(contexts, str) or num != len(contexts):
+        raise ValueError(
+            "questions and contexts must be two lists of the same length, got "
+            f"{type(questions).__name__} and {type(contexts).__name__} of {num} and {len(contexts)}"
+        )
+    rows: dict[str, list[Any]] = {"question": list(questions), "context": list(contexts)}
+    part = Part("questions", Dataset.from_dict(rows), [("questions", num)])
+    part.require_text("question", "context")
+    _require_room(part, tokenizer, max_length, stride)
+    rows |= {"row": list(range(num)), "texts": [[]] * num, "starts": [[]] * num}
+    json = tokenizer.backend_tokenizer.to_str()
+    return Dataset.from_dict(_encode(rows, json, max_length, stride))
+
+
+def _require_room(
+    part: Part, tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
+) -> None:
     """Refuse questions so long that windows of the context would not move on."""
     json = tokenizer.backend_tokenizer.to_str()
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    room = settings.max_length - settings.stride - special - 1
+    room = max_length - stride - special - 1
     for start in range(0, len(part.rows), 10_000):
         questions = part.rows[start : start + 10_000]["question"]
         encodings = backend(json).encode_batch_fast(questions, add_special_tokens=False)
@@ -139,8 +167,8 @@ def _require_room(part: Part, tokenizer: PreTrainedTokenizerFast, settings: Span
                 part.refuse(
                     row,
                     "question",
-                    f"has {len(encoding)} tokens; data.max_length = {settings.max_length} and "
-                    f"data.stride = {settings.stride} leave room for {room}; raise max_length",
+                    f"has {len(encoding)} tokens; max_length = {max_length} and stride = {stride} "
+                    f"leave room for {room}; raise max_length",
                 )
 
 

@@ -66,12 +66,23 @@ def tokenise(
     return cast(Dataset, rows)
 
 
-def refuse_long_rows(part: Part, rows: Dataset, max_length: int, advice: str) -> None:
-    """Refuse a part with a row of more than ``max_length`` tokens, by the column ``length``."""
+def refuse_long_rows(
+    part: Part, rows: Dataset, max_length: int, longest_field: Callable[[int], str]
+) -> None:
+    """Refuse a part with a row of more than ``max_length`` tokens, by the column ``length``.
+
+    Args:
+        part: The examples.
+        rows: Their tokens.
+        max_length: Of ``data.max_length``.
+        longest_field: Of a row of ``part``, the field to blame.
+    """
     lengths = np.array(rows["length"])
     if (lengths > max_length).any():
         row = int((lengths > max_length).argmax())
-        raise ValueError(
-            f"{part.where(row)}: has {lengths[row]} tokens (the longest of {part.name} has "
-            f"{lengths.max()}), data.max_length is {max_length}; {advice}"
+        part.refuse(
+            row,
+            longest_field(row),
+            f"the row has {lengths[row]} tokens (the longest of {part.name} has {lengths.max()}), "
+            f"data.max_length is {max_length}; raise it, or set data.truncate to cut such rows",
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -11,6 +12,9 @@ END = "<|endoftext|>"
 PADDING = "<|padding|>"
 START = "<|startoftext|>"
 MASK = "<|mask|>"
+
+_LONG = 5_000_000
+"""Characters whose merges take about two seconds to learn: more of them get a progress bar."""
 
 
 def make_tokenizer(
@@ -40,6 +44,10 @@ def train_tokenizer(
             f"vocab_size must be at least {256 + len(special)} (256 bytes, {', '.join(special)}), "
             f"got {vocab_size}"
         )
+    texts, first, num_characters = iter(texts), [], 0
+    while num_characters <= _LONG and (text := next(texts, None)) is not None:
+        first.append(text)
+        num_characters += len(text)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,9 +55,9 @@ def train_tokenizer(
         vocab_size=vocab_size,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=num_characters > _LONG,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(chain(first, texts), trainer)
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, padding_side="left"
     )

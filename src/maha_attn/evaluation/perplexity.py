@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 
@@ -70,7 +71,7 @@ def token_nll(
     model.eval()
     todo = list(windows(len(tokens), length, stride))
     nll = []
-    for i in range(0, len(todo), batch_size):
+    for i in tqdm(range(0, len(todo), batch_size), desc="Scoring tokens", delay=2):
         batch = todo[i : i + batch_size]
         longest = max(w.stop - w.start for w in batch)
         ids = np.zeros((len(batch), longest), np.int64)

@@ -38,10 +38,17 @@ class SpanEvaluationSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """The best answer to a question, and by how much the score of none exceeds its score."""
+    """The best answer to a question.
+
+    Args:
+        text: As it stands in the context.
+        no_answer_margin: By how much the score of no answer exceeds that of this one.
+        start: The character of the context where it begins, if known.
+    """
 
     text: str
     no_answer_margin: float
+    start: int | None = None
 
 
 def best_span(
@@ -80,7 +87,7 @@ def find_answers(
         end_logits: ``[≥ N]``, one a window.
         longest: Longest answer in tokens.
     """
-    best = [("", -np.inf)] * len(contexts)
+    best = [("", -np.inf, 0)] * len(contexts)
     none = np.full(len(contexts), np.inf)
     for question, where, starts, ends in zip(
         questions, offsets, start_logits, end_logits, strict=True
@@ -89,9 +96,13 @@ def find_answers(
         none[question] = min(none[question], float(start[0] + end[0]))
         i, j, score = best_span(start, end, where[:, 0] >= 0, longest)
         if score > best[question][1]:
-            text = contexts[question][where[i, 0] : where[j, 1]].strip()
-            best[question] = (text, score)
-    return [Answer(text, float(n - score)) for (text, score), n in zip(best, none, strict=True)]
+            text = contexts[question][where[i, 0] : where[j, 1]]
+            first = int(where[i, 0]) + len(text) - len(text.lstrip())
+            best[question] = (text.strip(), score, first)
+    return [
+        Answer(text, float(n - score), start)
+        for (text, score, start), n in zip(best, none, strict=True)
+    ]
 
 
 def span_scores(

@@ -129,7 +129,8 @@ def _setup(job: Job, row: str) -> Setup:
     }
     if job.device.type == "cpu":
         settings |= {"train.use_cpu": True, "train.bf16": False, "train.tf32": None}
-    pretrained = None if job.pretrained is None else saved_model(str(job.pretrained))
+    model_class = find_task(raw).model_class
+    pretrained = job.pretrained and saved_model(str(job.pretrained), model_class)
     if pretrained is not None:
         raw |= {"pretrained": experiment.pretrained}
         raw["model"] = with_pretrained(raw.get("model") or {}, pretrained)

@@ -28,8 +28,8 @@ class Task(ABC):
     model_class: ClassVar[type[PreTrainedModel]]
     data_class: ClassVar[type]
     evaluation_class: ClassVar[type]
-    purpose: ClassVar[str]
-    """Of a saved model: the name of the transformers pipeline that uses it."""
+    usage: ClassVar[str] = ""
+    """Python that uses a saved model which writes no text; ``{folder!r}`` is where it is."""
 
     tokenizer: PreTrainedTokenizerFast
     rows: dict[str, Dataset]
@@ -88,8 +88,8 @@ class Task(ABC):
         """
         if not model.can_generate():
             raise ValueError(
-                f"a {type(model).__name__} writes no text; use it by transformers.pipeline("
-                f"{cls.purpose!r}, model=…) after `import maha_attn.models`"
+                f"a {type(model).__name__} writes no text; use it in Python: "
+                + cls.usage.format(folder=model.name_or_path)
             )
         return generate_texts(model, tokenizer, [settings.prompt], settings)[0]
 

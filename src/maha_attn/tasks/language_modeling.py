@@ -20,7 +20,6 @@ class LanguageModeling(PackedDocuments):
     model_class = MahaForCausalLM
     data_class = CorpusSettings
     evaluation_class = PerplexitySettings
-    purpose = "text-generation"
     framed = False
 
     def __init__(self, recipe: Recipe) -> None:

@@ -33,7 +33,10 @@ class MaskedLanguageModeling(PackedDocuments):
     model_class = MahaForMaskedLM
     data_class = MaskedCorpusSettings
     evaluation_class = MaskedSettings
-    purpose = "fill-mask"
+    usage = (
+        "import maha_attn.models, transformers; fill = transformers.pipeline('fill-mask', "
+        "{folder!r}); print(fill('A text with ' + fill.tokenizer.mask_token + '.'))"
+    )
     framed = True
 
     def __init__(self, recipe: Recipe) -> None:

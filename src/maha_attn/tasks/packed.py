@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling
 
 from maha_attn.data.corpus import load_documents, pack
@@ -37,7 +38,10 @@ class PackedDocuments(Task):
 
     def describe(self) -> str:
         """Characters and documents."""
-        characters = {name: sum(map(len, p.rows["text"])) for name, p in self.documents.items()}
+        characters = {
+            name: sum(map(len, tqdm(part.rows["text"], f"Counting {name}", delay=2)))
+            for name, part in self.documents.items()
+        }
         held_out = ", ".join(
             f"{n:,} for {part}" for part, n in characters.items() if part != "train"
         )

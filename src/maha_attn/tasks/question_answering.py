@@ -2,19 +2,16 @@
 
 from typing import Any
 
-import numpy as np
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel
 
 from maha_attn.data.spans import SpanSettings, encode, load_spans
 from maha_attn.data.tokenizer import make_tokenizer
-from maha_attn.evaluation.predict import predict
-from maha_attn.evaluation.spans import Answer, SpanEvaluationSettings, find_answers, span_scores
+from maha_attn.evaluation.answering import FOR_MODEL, window_answers, window_logits
+from maha_attn.evaluation.spans import Answer, SpanEvaluationSettings, span_scores
 from maha_attn.models import MahaConfig, MahaForQuestionAnswering
 from maha_attn.tasks.base import Task, count
 from maha_attn.training.recipe import Recipe
 from maha_attn.training.train import Examples
-
-_FOR_MODEL = ["input_ids", "length"]
 
 
 class QuestionAnswering(Task):
@@ -23,7 +20,13 @@ class QuestionAnswering(Task):
     model_class = MahaForQuestionAnswering
     data_class = SpanSettings
     evaluation_class = SpanEvaluationSettings
-    purpose = "question-answering"
+    usage = (
+        "import maha_attn.models, transformers as t; "
+        "from maha_attn.evaluation.answering import answer_questions; "
+        "model = t.AutoModelForQuestionAnswering.from_pretrained({folder!r}); "
+        "tokenizer = t.AutoTokenizer.from_pretrained({folder!r}); "
+        "print(answer_questions(model, tokenizer, ['A question?'], ['A passage.']))"
+    )
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -36,7 +39,6 @@ class QuestionAnswering(Task):
         self.rows = {
             name: encode(part, self.tokenizer, self.data) for name, part in self.parts.items()
         }
-        self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def configure(self, config: MahaConfig) -> None:
         """An answer's start is found by what follows it."""
@@ -49,12 +51,12 @@ class QuestionAnswering(Task):
 
     def examples(self, model: PreTrainedModel) -> Examples:
         """A row a window."""
-        columns = [*_FOR_MODEL, "start_positions", "end_positions"]
+        columns = [*FOR_MODEL, "start_positions", "end_positions"]
         return Examples(
             train=self.rows["train"].select_columns(columns),
             validation=self.rows["validation"].select_columns(columns),
             tokenizer=self.tokenizer,
-            collator=self.collator,
+            collator=DataCollatorWithPadding(self.tokenizer),
             compute_metrics=self._metrics,
         )
 
@@ -63,37 +65,25 @@ class QuestionAnswering(Task):
         metrics: dict[str, Any] = {}
         threshold = self.settings.no_answer_threshold
         for name in self.held_out():
-            answers = self._answers(name, *self._logits(model, name))
+            logits = window_logits(
+                model,
+                self.tokenizer,
+                self.rows[name],
+                self.settings.batch_size,
+                f"Answering {name}",
+            )
+            answers = self._answers(name, *logits)
             scores = span_scores(answers, self.parts[name].rows["texts"], threshold or 0.0)
             metrics[name] = scores
             if threshold is None:
                 threshold = scores["best_f1_threshold"]
         return {"metrics": metrics}
 
-    def _logits(self, model: PreTrainedModel, name: str) -> tuple[list[Any], list[Any]]:
-        """The scores of each window's tokens, as starts and as ends of an answer."""
-        rows = self.rows[name].select_columns(_FOR_MODEL)
-        starts: list[Any] = [None] * len(rows)
-        ends: list[Any] = [None] * len(rows)
-        for chosen, output in predict(
-            model, rows, self.collator, self.settings.batch_size, f"Answering {name}"
-        ):
-            for scores, logits in ((starts, output.start_logits), (ends, output.end_logits)):
-                for row, values in zip(chosen, logits.float().cpu().numpy(), strict=True):
-                    scores[row] = values
-        return starts, ends
-
     def _answers(self, name: str, starts: Any, ends: Any) -> list[Answer]:
         """The best answer to each question of a part."""
-        windows = self.rows[name]
-        return find_answers(
-            list(self.parts[name].rows["context"]),
-            list(windows["question"]),
-            [np.asarray(offsets) for offsets in windows.with_format("numpy")["offsets"]],
-            starts,
-            ends,
-            self.settings.max_answer_tokens,
-        )
+        contexts = list(self.parts[name].rows["context"])
+        longest = self.settings.max_answer_tokens
+        return window_answers(self.rows[name], contexts, starts, ends, longest)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """What the Trainer logs and chooses the best model by."""

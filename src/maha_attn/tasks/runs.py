@@ -17,6 +17,7 @@ from maha_attn.tasks import TASKS, Task
 from maha_attn.training.distributed import is_main_process, main_process_first, wait_for_all
 from maha_attn.training.model import (
     build_model,
+    require_backbone,
     require_same,
     require_vocabulary,
     saved_model,
@@ -95,7 +96,7 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
     seeds = flags.seeds or raw.get("seeds")
     pretrained = None
     if raw["pretrained"]:
-        pretrained = saved_model(raw["pretrained"])
+        pretrained = saved_model(raw["pretrained"], task.model_class)
         raw["model"] = with_pretrained(raw.get("model") or {}, pretrained)
     parser = recipe_parser(task.sections(), prog="maha train")
     first = parse_recipe(parser, raw, path, overrides)
@@ -109,6 +110,7 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
     data = first.data
     if pretrained is not None:
         require_same(first.model, pretrained)
+        require_backbone(task.model_class, first.model, pretrained)
         data = replace(data, tokenizer=data.tokenizer or str(pretrained))
     if first.train.shard and first.lora.rank is not None:
         raise ValueError(

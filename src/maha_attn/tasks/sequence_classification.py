@@ -25,7 +25,10 @@ class SequenceClassification(Task):
     model_class = MahaForSequenceClassification
     data_class = LabelledSettings
     evaluation_class = ClassificationSettings
-    purpose = "text-classification"
+    usage = (
+        "import maha_attn.models, transformers; "
+        "print(transformers.pipeline('text-classification', {folder!r})('A text.'))"
+    )
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)

@@ -21,7 +21,6 @@ class Translation(Task):
     model_class = MahaForSeq2SeqLM
     data_class = ParallelSettings
     evaluation_class = TranslationSettings
-    purpose = "text2text-generation"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)

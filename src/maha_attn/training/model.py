@@ -4,8 +4,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
 from maha_attn.training.recipe import LoraSettings
@@ -25,14 +27,26 @@ _FREE = {
 """Options in which a model may differ from the one that its weights come from."""
 
 
-def saved_model(folder: str) -> Path:
+def saved_model(folder: str, model_class: type[PreTrainedModel]) -> Path:
     """The folder of the saved model that ``folder``, a run or such a folder itself, means.
 
+    Args:
+        folder: As the user gave it.
+        model_class: What is to start from the saved model's weights.
+
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is of another kind.
     """
     for path in (Path(folder) / "model", Path(folder)):
         if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+            saved, _ = PreTrainedConfig.get_config_dict(path)
+            kind, needed = saved.get("model_type"), model_class.config_class.model_type  # pyright: ignore[reportOptionalMemberAccess]
+            if kind != needed:
+                raise ValueError(
+                    f"pretrained {folder!r} holds a model of type {kind!r}, whose weights have no "
+                    f"place in a {model_class.__name__} ({needed!r}); give the folder of a run "
+                    "whose task has models of that type"
+                )
             return path
     raise ValueError(
         f"pretrained {folder!r} holds no model (config.json and model.safetensors, in it or in "
@@ -50,8 +64,8 @@ def with_pretrained(options: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def pretrained_options(path: Path) -> dict[str, Any]:
     """The options of a saved model that another one must share to take over its weights."""
-    config = MahaConfig.from_pretrained(path)
-    known = {option.name for option in fields(MahaConfig)} - _FREE
+    config = AutoConfig.from_pretrained(path)
+    known = {option.name for option in fields(config)} - _FREE
     return {name: getattr(config, name) for name in sorted(known)}
 
 
@@ -69,6 +83,23 @@ def require_same(config: MahaConfig, path: Path) -> None:
             )
 
 
+def require_backbone(model_class: type[PreTrainedModel], config: MahaConfig, path: Path) -> None:
+    """Refuse a saved model that lacks weights of the backbone, before anything is done with it.
+
+    Raises:
+        ValueError: As :func:`build_model`.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # What it reports of heads is no defect.
+    logging.disable_progress_bar()
+    try:
+        _load(model_class, config, path, device_map="meta")
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def set_vocabulary(
     config: MahaConfig, tokenizer: PreTrainedTokenizerFast, pretrained: Path | None
 ) -> None:
@@ -78,7 +109,7 @@ def set_vocabulary(
         ValueError: The pretrained model has another vocabulary.
     """
     if pretrained is not None:
-        require_vocabulary(tokenizer, MahaConfig.from_pretrained(pretrained), pretrained)
+        require_vocabulary(tokenizer, AutoConfig.from_pretrained(pretrained), pretrained)
     else:
         config.vocab_size = len(tokenizer)
     config.eos_token_id = cast(int, tokenizer.eos_token_id)
@@ -111,10 +142,36 @@ def require_vocabulary(
 def build_model(
     model_class: type[PreTrainedModel], config: MahaConfig, pretrained: Path | None
 ) -> PreTrainedModel:
-    """A new model, with every weight of the saved one that has a place in it."""
-    if pretrained is None:
-        return model_class(config)
-    return model_class.from_pretrained(pretrained, config=config, use_safetensors=True)
+    """A new model, with every weight of the saved one that has a place in it.
+
+    Raises:
+        ValueError: Weights of the backbone are missing or of another shape, or the file is damaged.
+    """
+    return model_class(config) if pretrained is None else _load(model_class, config, pretrained)
+
+
+def _load(
+    model_class: type[PreTrainedModel], config: MahaConfig, path: Path, **options: Any
+) -> PreTrainedModel:
+    """Load what fits; a head of another task, or for other classes, begins anew."""
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        model, found = cast(Any, model_class).from_pretrained(
+            path, config=config, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of the pretrained model {path} cannot be read: {error}"
+        ) from None
+    other_shape = {name for name, *_ in found["mismatched_keys"]}
+    backbone = f"{model_class.base_model_prefix}."
+    lacking = sorted(n for n in {*found["missing_keys"], *other_shape} if n.startswith(backbone))
+    if lacking:
+        raise ValueError(
+            f"the pretrained model {path} lacks {len(lacking)} of the weights that its own "
+            f"config.json describes, {lacking[0]} first; give a folder that save_pretrained made"
+        )
+    return model
 
 
 def adapt(model: PreTrainedModel, settings: LoraSettings) -> Any:
