@@ -39,6 +39,13 @@ def note_and_save(self: RunTrainer, *args: Any) -> None:
     save_checkpoint(self, *args)
 
 
+BEST = [
+    *("--train.load_best_model_at_end=true", "--train.eval_strategy=steps", "--train.eval_steps=6"),
+    *("--train.metric_for_best_model=eval_loss", "--train.greater_is_better=true"),
+]
+"""The best weights are not the last: the loss falls, and the greatest is asked for."""
+
+
 def train(name: str, *options: str) -> None:
     """Train by small.yaml in the folder ``name``; a step learns from as many rows as with one."""
     rows = 4 // int(os.environ["WORLD_SIZE"])
@@ -76,6 +83,7 @@ if __name__ == "__main__":
     train("divided", "--train.shard=true")
     copy_at_step_6("divided", "divided-again")
     train("divided-again", "--resume", "--train.shard=true")
+    train("divided-best", "--train.shard=true", *BEST)
     copy_at_step_6("one", "one-to-several")
     train("one-to-several", "--resume", "--train.shard=true")
     unequal_rows()

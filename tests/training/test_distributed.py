@@ -115,6 +115,20 @@ def test_a_checkpoint_of_two_processes_continues_in_one(
     assert names == {path.name for path in (workplace / "one" / "checkpoint-12").iterdir()}
 
 
+def test_the_best_weights_of_a_divided_run_are_loaded(workplace: Path) -> None:
+    run = workplace / "divided-best"
+    state = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())
+    best, last = (
+        load_file(folder / "model.safetensors")
+        for folder in (workplace / state["best_model_checkpoint"], run / "checkpoint-12")
+    )
+    kept = load_file(run / "model" / "model.safetensors")
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-6"
+    for name, weights in kept.items():
+        assert weights.equal(best[name])
+    assert not all(weights.equal(last[name]) for name, weights in kept.items())
+
+
 def test_one_process_cannot_divide(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,10 +109,10 @@ class RunTrainer(Trainer):
             "scaler": scaler.state_dict() if (scaler := self._scaler()) else None,
             "processes": distributed.gather(self._process_state()),
         }
-        if not self.args.should_save:
-            return
         target = self.folder / f"checkpoint-{self.state.global_step}"
         self._complete_trainer_state(target)
+        if not self.args.should_save:
+            return
         with disk.appearing(target) as folder:
             self._write_model(folder, weights)
             save_state(state, folder / _STATE)
@@ -122,7 +122,10 @@ class RunTrainer(Trainer):
         disk.prune(self.folder, self.kept_checkpoints, Path(best) if best else None)
 
     def _complete_trainer_state(self, target: Path) -> None:
-        """Note the best checkpoint and the callbacks' counters, as the Trainer does on saving."""
+        """Note the best checkpoint and the callbacks' counters, as the Trainer does on saving.
+
+        In every process: all of them load the best weights at the end.
+        """
         best = target.with_name(f"checkpoint-{self.state.best_global_step}")
         if best == target or best.is_dir():
             self.state.best_model_checkpoint = str(best)
@@ -155,7 +158,8 @@ class RunTrainer(Trainer):
         load_weights(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint."""
+        """Load the weights of the best checkpoint, which the main process may still be writing."""
+        distributed.wait_for_all()
         load_weights(self.model, Path(self.state.best_model_checkpoint or ""))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
