@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,6 +46,36 @@ def novel() -> str:
 
     (file,) = find_files("embedded:alice_in_wonderland")
     return gzip.decompress(file.read_bytes()).decode()
+
+
+class Trap:
+    """Pickles that leave a trace where they are unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+    def set(self, file: Path) -> None:
+        """Put one in the place of a file."""
+        import torch
+
+        torch.save(self, file)
+        with file.open("rb") as content:
+            torch.load(content, weights_only=False)
+        assert self.sprung, "the trap works"
+        self.trace.unlink()
+
+    @property
+    def sprung(self) -> bool:
+        return self.trace.exists()
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Trap:
+    """Sets traps, and tells whether one was sprung."""
+    return Trap(tmp_path / "trace")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

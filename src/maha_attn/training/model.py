@@ -4,11 +4,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
 from maha_attn.training.recipe import LoraSettings
+from maha_attn.training.run_folder import refuse_pickle
 
 _FREE = {
     *(option.name for option in fields(PreTrainedConfig)),
@@ -29,11 +32,16 @@ def saved_model(folder: str) -> Path:
     """The folder of the saved model that ``folder``, a run or such a folder itself, means.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or its weights are no safetensors.
     """
     for path in (Path(folder) / "model", Path(folder)):
         if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-            return path
+            try:
+                with safe_open(path / "model.safetensors", framework="pt"):
+                    return path
+            except SafetensorError as error:
+                raise _damaged(path, error) from error
+        refuse_pickle(path)
     raise ValueError(
         f"pretrained {folder!r} holds no model (config.json and model.safetensors, in it or in "
         "model/ of it); give the folder of a finished run"
@@ -112,9 +120,61 @@ def build_model(
     model_class: type[PreTrainedModel], config: MahaConfig, pretrained: Path | None
 ) -> PreTrainedModel:
     """A new model, with every weight of the saved one that has a place in it."""
-    if pretrained is None:
-        return model_class(config)
-    return model_class.from_pretrained(pretrained, config=config, use_safetensors=True)
+    return model_class(config) if pretrained is None else _load(model_class, pretrained, config)[0]
+
+
+def load_saved(
+    model_class: type[PreTrainedModel], path: Path, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model that a folder holds.
+
+    Of the folder config.json and model.safetensors count alone: adapters, code and pickles that
+    ``from_pretrained`` of the folder would look for or ask about are not.
+
+    Raises:
+        ValueError: The weights cannot be read, or are not those of such a model.
+    """
+    config = cast(Any, model_class.config_class).from_pretrained(path)
+    model, found = _load(model_class, path, config, device)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(found[f"{kind}_keys"]):
+            raise ValueError(
+                f"the weights in {path / 'model.safetensors'} are not those of a "
+                f"{model_class.__name__}: {names[0]} is {kind} (of {len(names)} such)"
+            )
+    return model
+
+
+def _load(
+    model_class: type[PreTrainedModel], path: Path, config: MahaConfig, device: str = "cpu"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with a folder's weights, as far as they are its own, and which are not."""
+    try:
+        weights = load_file(path / "model.safetensors", device=device)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    model, found = cast(Any, model_class).from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        device_map=device,
+        ignore_mismatched_sizes=True,  # they are refused here
+        output_loading_info=True,
+    )
+    model.name_or_path = model.config.name_or_path = str(path)  # peft looks there
+    for name, saved, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{name} in {path / 'model.safetensors'} has the shape {tuple(saved)}, and "
+            f"{tuple(expected)} by config.json; they do not belong together"
+        )
+    return model, found
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"{path / 'model.safetensors'} is damaged or no safetensors file ({error}); train the "
+        "model again, or copy the file again from where it came"
+    )
 
 
 def adapt(model: PreTrainedModel, settings: LoraSettings) -> Any:
