@@ -106,16 +106,6 @@ def test_stopping_early(train: Train, tmp_path: Path) -> None:
     assert json.loads(lines[-1])["step"] == 3
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # its name in 5.17
-def test_what_training_can_do(train: Train) -> None:
-    found = train(
-        "sst.yaml",
-        *("--train.gradient_accumulation_steps=2", "--train.gradient_checkpointing=true"),
-        *("--train.bf16=true", "--train.lr_scheduler_type=linear", "--train.warmup_steps=1"),
-    )
-    assert 0 <= found["metrics"]["validation"]["accuracy"] <= 100
-
-
 def test_translating_a_prompt(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
