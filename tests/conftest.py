@@ -2,6 +2,9 @@
 
 import gzip
 import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,6 +69,72 @@ def hub_folder() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def fetch_source() -> Callable[[str, str], Path]:
+    """Returns a file of a package's source distribution; see :func:`_fetch_source`."""
+    return _fetch_source
+
+
+def _fetch_source(requirement: str, member: str) -> Path:
+    """A file of the source distribution that ``requirement`` names, at ``member`` in it.
+
+    pip fetches it once into the user's cache; where it cannot, the test is skipped.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maha-attn"
+    file = cache / requirement.replace("==", "-") / member
+    if file.exists():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache) as scratch:
+        # torch depends on setuptools, which is all that building needs.
+        options = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--retries=0", "-q"]
+        command = [sys.executable, "-m", "pip", "download", *options, "-d", scratch, requirement]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            pytest.skip(f"cannot fetch the source distribution of {requirement}: {reason}")
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as content:
+            (found,) = (name for name in content.getnames() if name.endswith(f"/{member}"))
+            source = content.extractfile(found)
+            assert source is not None
+            part = Path(scratch) / "part"
+            part.write_bytes(source.read())
+        part.replace(file)  # whole or not at all
+    return file
+
+
+class Trap:
+    """Pickles that leave a trace where they are unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+    def set(self, file: Path) -> None:
+        """Put one in the place of a file."""
+        import torch
+
+        torch.save(self, file)
+        with file.open("rb") as content:
+            torch.load(content, weights_only=False)
+        assert self.sprung, "the trap works"
+        self.trace.unlink()
+
+    @property
+    def sprung(self) -> bool:
+        return self.trace.exists()
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Trap:
+    """Sets traps, and tells whether one was sprung."""
+    return Trap(tmp_path / "trace")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -197,6 +197,14 @@ def test_bad_arguments(mistake: Maha, arguments: str, message: str) -> None:
     assert message in mistake(*arguments.split())
 
 
+def test_a_harness_that_is_not_installed(mistake: Maha, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "maha_attn.evaluation.harness", raising=False)
+    monkeypatch.delattr("maha_attn.evaluation.harness", raising=False)
+    line = mistake("eval", "runs/small", "--harness_tasks=[arc_easy]")
+    assert "lm_eval is not installed; pip install 'maha-attn[lm_eval]'" in line
+
+
 def test_unfinished_run(mistake: Maha, workplace: Path, tmp_path: Path) -> None:
     shutil.copy(workplace / "runs" / "small" / "recipe.yaml", tmp_path)
     assert "its training did not end" in mistake("generate", str(tmp_path), "text")

@@ -107,7 +107,11 @@ def train(arguments: list[str]) -> None:
     with user_errors(prog):
         from maha_attn.tasks import TASKS
         from maha_attn.tasks import runs as work
-        from maha_attn.training.distributed import is_main_process, leave_process_group
+        from maha_attn.training.distributed import (
+            is_main_process,
+            leave_process_group,
+            num_processes,
+        )
         from maha_attn.training.recipe import print_help, recipe_parser
 
         path, *rest = arguments or ["--help"]
@@ -126,7 +130,8 @@ def train(arguments: list[str]) -> None:
         folders = work.open_folders(todo)
     is_main = is_main_process()
     if is_main:
-        print(f"{todo.task.describe()}; run folder {todo.folder}", flush=True)
+        processes = f"; {n} processes" if (n := num_processes()) > 1 else ""
+        print(f"{todo.task.describe()}; run folder {todo.folder}{processes}", flush=True)
     results = []
     for recipe, (run, resume) in zip(todo.recipes, folders, strict=True):
         with user_errors(prog, (RunError,)):

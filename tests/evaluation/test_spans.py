@@ -1,4 +1,8 @@
-"""SQuAD 2.0's measures against the official script's definitions, written out."""
+"""SQuAD 2.0's measures against the official script, and against its definitions by hand."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +73,78 @@ def test_parts_without_one_kind_of_question() -> None:
     answers = [Answer("cat", -1.0)]
     assert "no_answer_exact" not in span_scores(answers, [["cat"]])
     assert not {"has_answer_exact", "forced_exact"} & set(span_scores(answers, [[]]))
+
+
+OFFICIAL = "transformers==4.57.6", "src/transformers/data/metrics/squad_metrics.py"
+"""The last release of transformers that had the official script's functions."""
+
+
+@pytest.fixture(scope="session")
+def official(fetch_source: Any) -> Any:
+    spec = spec_from_file_location("transformers.data.metrics.squad", fetch_source(*OFFICIAL))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WORDS = [
+    "the",
+    "a",
+    "An",
+    "cat",
+    "Cat's",
+    "cats",
+    "1066,",
+    "U.S.",
+    "in",
+    "naïve",
+    "—",
+    "",
+    "the cat",
+]
+
+
+def random_cases(seed: int) -> tuple[list[Answer], list[list[str]]]:
+    """Questions with answers, without, and with answers that normalise to nothing."""
+    rng = np.random.default_rng(seed)
+
+    def text() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(0, 5)))
+
+    size = rng.integers(1, 30)
+    answers = [Answer(text(), float(margin)) for margin in rng.permutation(size) - size / 2]
+    return answers, [[text() for _ in range(rng.integers(0, 4))] for _ in range(size)]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -3.0, 99.0])
+def test_scores_are_the_official_ones(official: Any, threshold: float) -> None:
+    for seed in range(200):
+        answers, references = random_cases(seed)
+        questions = [
+            SimpleNamespace(qas_id=i, answers=[{"text": text} for text in texts])
+            for i, texts in enumerate(references)
+        ]
+        texts = {i: answer.text for i, answer in enumerate(answers)}
+        margins = {i: answer.no_answer_margin for i, answer in enumerate(answers)}
+        expected = official.squad_evaluate(questions, texts, margins, threshold)
+        found = span_scores(answers, references, threshold)
+        assert found["exact"] == pytest.approx(expected["exact"])
+        assert found["f1"] == pytest.approx(expected["f1"])
+        for ours, theirs in (
+            ("has_answer_exact", "HasAns_exact"),
+            ("has_answer_f1", "HasAns_f1"),
+            ("no_answer_exact", "NoAns_exact"),
+        ):
+            assert (ours in found) == (theirs in expected)
+            if ours in found:
+                assert found[ours] == pytest.approx(expected[theirs])
+        # The script's search counts an answer of articles alone as wrong where there is none,
+        # though its scores do not.
+        if all(normalise(answer.text) or not answer.text for answer in answers):
+            for name in ("exact", "f1"):
+                assert found[f"best_{name}"] == pytest.approx(expected[f"best_{name}"])
 
 
 @given(

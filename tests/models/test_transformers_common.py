@@ -7,12 +7,8 @@ run, and why, stands in ``skipped_common_tests.toml``.
 
 import fnmatch
 import importlib
-import os
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
 import tomllib
 import types
 import unittest
@@ -79,13 +75,12 @@ class ModelTester:
 
 
 @pytest.fixture(scope="session")
-def common(request: pytest.FixtureRequest) -> types.ModuleType:
+def common(request: pytest.FixtureRequest, fetch_source: Any) -> types.ModuleType:
     """The module of the common tests, of the installed version."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maha-attn"
-    folder = cache / f"transformers-{version('transformers')}" / PACKAGE
-    if not folder.exists():
-        _fetch(folder)
-    sys.path.insert(0, str(folder.parent))
+    requirement = f"transformers=={version('transformers')}"
+    file = fetch_source(requirement, "tests/test_modeling_common.py")
+    sys.modules[PACKAGE] = package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(file.parent)]
     # The distribution holds the files at the top of transformers' tests, not its folders.
     for name, mixin in (
         ("exporters.test_export", "Export"),
@@ -96,40 +91,10 @@ def common(request: pytest.FixtureRequest) -> types.ModuleType:
         sys.modules[f"{PACKAGE}.{parent}"] = types.ModuleType(parent)
         sys.modules[f"{PACKAGE}.{name}"] = stub = types.ModuleType(name)
         setattr(stub, mixin, type(mixin, (), {}))
-    source = (folder / "test_modeling_common.py").read_text()
+    source = file.read_text()
     for mark in set(re.findall(r"\bmark\.(\w+)", source)) - {"parametrize"}:
         request.config.addinivalue_line("markers", f"{mark}: transformers' own")
     return importlib.import_module(f"{PACKAGE}.test_modeling_common")
-
-
-def _fetch(folder: Path) -> None:
-    """Fill ``folder`` with the common tests; whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        requirement = f"transformers=={version('transformers')}"
-        # torch depends on setuptools, which is all that building needs.
-        options = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--retries=0", "-q"]
-        command = [sys.executable, "-m", "pip", "download", *options, "-d", scratch, requirement]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            pytest.skip(f"cannot fetch the source distribution of {requirement}: {reason}")
-        part = Path(scratch) / PACKAGE
-        part.mkdir()
-        (part / "__init__.py").touch()
-        (archive,) = Path(scratch).glob("*.tar.gz")
-        with tarfile.open(archive) as file:
-            for member in file:
-                if member.name.endswith("/tests/test_modeling_common.py"):
-                    content = file.extractfile(member)
-                    assert content is not None
-                    (part / "test_modeling_common.py").write_bytes(content.read())
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.exists():  # Else another process was faster.
-                raise
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from maha_attn.experiments.definition import Budget, Experiment, Row
 from maha_attn.experiments.statistics import bits_per_byte
 from maha_attn.models import MahaConfig, MahaForCausalLM
 from maha_attn.reproduce.job import Clock, Job
-from maha_attn.reproduce.training import count_parameters, matched_width, prepare, train_and_judge
+from maha_attn.reproduce.training import (
+    count_parameters,
+    judge_by_task,
+    matched_width,
+    prepare,
+    train_and_judge,
+)
 
 TINY = {
     **{"model.intermediate_size": 64, "model.num_hidden_layers": 1, "model.window": 8},
@@ -109,3 +116,12 @@ def test_parameters_that_cannot_be_matched() -> None:
         ValueError, match=r"no feed-forward width gives 1,000 parameters within 2 %"
     ):
         matched_width(config, 1000, MahaForCausalLM)
+
+
+def test_a_result_says_how_bleu_was_counted(job: Job) -> None:
+    found = {"bleu_signature": "nrefs:1|…"}
+    evaluation = {"metrics": {"validation": {"bleu": 1.0}, "test": {"bleu": 2.0}}}
+    task: Any = SimpleNamespace(evaluate=lambda model: evaluation | {"signatures": found})
+    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    result = judge_by_task(task, model, prepare(job).recipe)
+    assert result == {"metrics": {"bleu": 2.0}, "part": "test", "signatures": found}

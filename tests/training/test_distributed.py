@@ -129,6 +129,60 @@ def test_the_best_weights_of_a_divided_run_are_loaded(workplace: Path) -> None:
     assert not all(weights.equal(last[name]) for name, weights in kept.items())
 
 
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)]
+)
+def test_the_commands_of_the_guide(workplace: Path, checkout: Path, launcher: str) -> None:
+    guide = (checkout / "docs" / "distributed.md").read_text().splitlines()
+    commands = [line for line in guide if line.startswith(launcher)]
+    for i, command in enumerate(commands):
+        for four, two in (("_node 4", "_node 2"), ("_processes 4", "_processes 2")):
+            command = command.replace(four, two)
+        words = command.replace("recipes/demo.yaml", "small.yaml").split()
+        place = f"{launcher}-{i}"
+        words += [f"--train.output_dir={place}", "--train.per_device_train_batch_size=2"]
+        tools = Path(sys.executable).parent
+        path = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [str(tools / words[0]), *words[1:], "--train.use_cpu=true"],
+            cwd=workplace,
+            env={**os.environ, **path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert f"run folder {place}; 2 processes" in ended.stdout
+        environment = json.loads((workplace / place / "environment.json").read_text())
+        assert environment["processes"] == 2
+        assert_same_training(workplace / place, workplace / "one")
+    assert commands
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch --use_fsdp is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate launch --use_deepspeed is not supported"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision bf16 is not what the recipe"),
+    ],
+)
+def test_launchers_do_not_change_the_recipe(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["train", "small.yaml", "--train.output_dir=alone"])
+    assert message in capsys.readouterr().err
+    assert not Path("alone").exists()
+
+
 def test_one_process_cannot_divide(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,16 +186,6 @@ def test_another_text_is_refused(
         (workplace / "book.txt").write_text(text)
 
 
-class Evil:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.trace,)
-
-
 PICKLES = [
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"),
     *("training_args.bin", "pytorch_model.bin", "adapter_model.bin", "pytorch_model_fsdp.bin"),
@@ -206,14 +196,10 @@ PICKLES = [
 @pytest.mark.parametrize("forged", [False, True])
 @pytest.mark.parametrize("name", PICKLES)
 def test_no_pickle_from_a_run_folder_is_run(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, forged: bool
+    run: Path, trap: Any, capsys: pytest.CaptureFixture[str], name: str, forged: bool
 ) -> None:
-    checkpoint, trace = run / "checkpoint-75", tmp_path / "trace"
-    torch.save(Evil(trace), checkpoint / name)
-    with (checkpoint / name).open("rb") as file:
-        torch.load(file, weights_only=False)
-    assert trace.exists(), "the trap works"
-    trace.unlink()
+    checkpoint = run / "checkpoint-75"
+    trap.set(checkpoint / name)
     if not forged:
         assert name in refused(run, capsys)
     else:
@@ -223,7 +209,7 @@ def test_no_pickle_from_a_run_folder_is_run(
                 resume(run, "--train.max_steps=76")
         else:
             resume(run, "--train.max_steps=76")
-    assert not trace.exists()
+    assert not trap.sprung
 
 
 def forge(checkpoint: Path) -> str:

@@ -91,14 +91,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Load a byte-level tokenizer that was saved in a folder.
 
     Raises:
-        ValueError: There is none, or it is not byte-level or marks no end of text.
+        ValueError: There is none, it cannot be read, is not byte-level or marks no end of text.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(
             f"tokenizer folder {str(folder)!r} has no tokenizer.json; give a folder that "
             "save_pretrained of a tokenizer made, or leave data.tokenizer out to train one"
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # The tokenizers library raises Exception itself.
+        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
     if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         raise ValueError(
             f"the tokenizer in {str(folder)!r} is not byte-level, so its tokens have no bytes to "

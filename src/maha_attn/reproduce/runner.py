@@ -15,7 +15,10 @@ from maha_attn.experiments.results import RefusedError, read_result, result_path
 from maha_attn.reproduce.job import Clock, Job
 from maha_attn.training.run_folder import environment
 
-PACKAGES = ("maha-attn", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
+PACKAGES = (
+    *("maha-attn", "transformers", "tokenizers", "datasets", "accelerate", "numpy"),
+    *("scikit-learn", "sacrebleu"),
+)
 
 
 def kinds() -> dict[str, Callable[[Job, Clock], dict[str, Any] | None]]:

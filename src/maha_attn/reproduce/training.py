@@ -201,11 +201,12 @@ def matched_width(config: MahaConfig, parameters: int, kind: type[PreTrainedMode
 
 
 def judge_by_task(task: Task, model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """What the task itself finds: the metrics of its test part, or else of its validation part."""
+    """What the task itself finds, less the metrics of other parts than test, or else validation."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.train.bf16):
-        found = task.evaluate(model)["metrics"]
-    part = "test" if "test" in found else "validation"
-    return {"metrics": dict(found[part]), "part": part}
+        found = task.evaluate(model)
+    metrics = found.pop("metrics")
+    part = "test" if "test" in metrics else "validation"
+    return {**found, "metrics": dict(metrics[part]), "part": part}
 
 
 JUDGES: dict[str, Judge] = {"language_modeling": judge_on_books}

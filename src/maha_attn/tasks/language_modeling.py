@@ -1,6 +1,7 @@
 """Language modelling: each token of a document is predicted from those before it."""
 
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,6 +26,8 @@ class LanguageModeling(PackedDocuments):
     def __init__(self, recipe: Recipe) -> None:
         recipe.evaluation.check(recipe.data.sequence_length)
         super().__init__(recipe)
+        if self.settings.harness_tasks:
+            _harness().find_tasks(self.settings.harness_tasks)
 
     def examples(self, model: PreTrainedModel) -> Examples:
         """Packed rows."""
@@ -62,9 +65,19 @@ class LanguageModeling(PackedDocuments):
             },
         }
         if self.settings.harness_tasks:
-            from maha_attn.evaluation.harness import run_harness
-
-            result["harness"] = run_harness(
+            result["harness"] = _harness().run_harness(
                 model, self.tokenizer, self.settings.harness_tasks, self.settings.batch_size
             )
         return result
+
+
+def _harness() -> ModuleType:
+    """What runs lm-evaluation-harness, imported where it is asked for."""
+    try:
+        from maha_attn.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"evaluation.harness_tasks: {error.name} is not installed; "
+            "pip install 'maha-attn[lm_eval]', or leave it out"
+        ) from error
+    return harness

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from maha_attn.data.tokenizer import load_tokenizer
 from maha_attn.tasks import TASKS, Task
 from maha_attn.training.distributed import is_main_process, main_process_first, wait_for_all
 from maha_attn.training.model import (
     build_model,
+    load_saved,
     require_backbone,
     require_same,
     require_vocabulary,
@@ -201,13 +202,13 @@ def load_model(run: RunFolder) -> tuple[type[Task], PreTrainedModel, PreTrainedT
     """A run's task, its model, on the GPU where there is one, and its tokenizer.
 
     Raises:
-        ValueError: Model and tokenizer do not belong together.
+        ValueError: One of them is damaged, or they do not belong together.
     """
     task = find_task(run.settings())
     tokenizer = load_tokenizer(run.model)
-    require_vocabulary(tokenizer, AutoConfig.from_pretrained(run.model), run.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = task.model_class.from_pretrained(run.model, use_safetensors=True, device_map=device)
+    model = load_saved(task.model_class, run.model, device)
+    require_vocabulary(tokenizer, model.config, run.model)
     return task, model, tokenizer
 
 

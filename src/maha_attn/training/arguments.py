@@ -1,5 +1,6 @@
 """The arguments of training: the Trainer's, and ours."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -15,19 +16,30 @@ class RunArguments(TrainingArguments):
 
     Raises:
         ValueError: ``shard`` is asked of one process, or one of the Trainer's own ways to divide a
-            model is asked for.
+            model is asked for, here or of `accelerate launch`, or that was asked for another
+            precision.
     """
 
     shard: bool = field(default=False)
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "deepspeed"):
-            if getattr(self, name):
+            asked = f"train.{name}" if getattr(self, name) else None
+            if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false") == "true":
+                asked = f"accelerate launch --use_{name}"
+            if asked:
                 raise ValueError(
-                    f"train.{name} is not supported: its checkpoints are pickled and cannot be "
+                    f"{asked} is not supported: its checkpoints are pickled and cannot be "
                     "verified; use train.shard=true (FSDP2), see docs/distributed.md"
                 )
         super().__post_init__()
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        if launched not in ("no", asked):
+            raise ValueError(
+                f"accelerate launch --mixed_precision {launched} is not what the recipe says: "
+                f"leave it out, and set train.{launched}=true where it is meant"
+            )
         if self.shard and self.world_size == 1:
             raise ValueError(
                 "train.shard divides a model among processes, and there is one; start several with "

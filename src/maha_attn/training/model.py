@@ -4,13 +4,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
 from maha_attn.training.recipe import LoraSettings
+from maha_attn.training.run_folder import refuse_pickle
 
 _FREE = {
     *(option.name for option in fields(PreTrainedConfig)),
@@ -35,7 +37,7 @@ def saved_model(folder: str, model_class: type[PreTrainedModel]) -> Path:
         model_class: What is to start from the saved model's weights.
 
     Raises:
-        ValueError: There is none, or it is of another kind.
+        ValueError: There is none, it is of another kind, or its weights are no safetensors.
     """
     for path in (Path(folder) / "model", Path(folder)):
         if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
@@ -47,7 +49,12 @@ def saved_model(folder: str, model_class: type[PreTrainedModel]) -> Path:
                     f"place in a {model_class.__name__} ({needed!r}); give the folder of a run "
                     "whose task has models of that type"
                 )
-            return path
+            try:
+                with safe_open(path / "model.safetensors", framework="pt"):
+                    return path
+            except SafetensorError as error:
+                raise _damaged(path, error) from error
+        refuse_pickle(path)
     raise ValueError(
         f"pretrained {folder!r} holds no model (config.json and model.safetensors, in it or in "
         "model/ of it); give the folder of a finished run"
@@ -93,7 +100,7 @@ def require_backbone(model_class: type[PreTrainedModel], config: MahaConfig, pat
     logging.set_verbosity_error()  # What it reports of heads is no defect.
     logging.disable_progress_bar()
     try:
-        _load(model_class, config, path, device_map="meta")
+        _load(model_class, path, config)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -144,34 +151,75 @@ def build_model(
 ) -> PreTrainedModel:
     """A new model, with every weight of the saved one that has a place in it.
 
+    A head of another task, or for other classes, begins anew.
+
     Raises:
         ValueError: Weights of the backbone are missing or of another shape, or the file is damaged.
     """
-    return model_class(config) if pretrained is None else _load(model_class, config, pretrained)
+    return model_class(config) if pretrained is None else _load(model_class, pretrained, config)[0]
+
+
+def load_saved(
+    model_class: type[PreTrainedModel], path: Path, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model that a folder holds.
+
+    Of the folder config.json and model.safetensors count alone: adapters, code and pickles that
+    ``from_pretrained`` of the folder would look for or ask about are not.
+
+    Raises:
+        ValueError: The weights cannot be read, or are not those of such a model.
+    """
+    config = cast(Any, model_class.config_class).from_pretrained(path)
+    model, found = _load(model_class, path, config, device)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(found[f"{kind}_keys"]):
+            raise ValueError(
+                f"the weights in {path / 'model.safetensors'} are not those of a "
+                f"{model_class.__name__}: {names[0]} is {kind} (of {len(names)} such)"
+            )
+    for name, saved, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{name} in {path / 'model.safetensors'} has the shape {tuple(saved)}, and "
+            f"{tuple(expected)} by config.json; they do not belong together"
+        )
+    return model
 
 
 def _load(
-    model_class: type[PreTrainedModel], config: MahaConfig, path: Path, **options: Any
-) -> PreTrainedModel:
-    """Load what fits; a head of another task, or for other classes, begins anew."""
-    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    model_class: type[PreTrainedModel], path: Path, config: MahaConfig, device: str = "cpu"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with a folder's weights, those of the backbone at least, and what else differs."""
     try:
-        model, found = cast(Any, model_class).from_pretrained(
-            path, config=config, output_loading_info=True, **options
-        )
+        weights = load_file(path / "model.safetensors", device=device)
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights of the pretrained model {path} cannot be read: {error}"
-        ) from None
+        raise _damaged(path, error) from error
+    model, found = cast(Any, model_class).from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        device_map=device,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model.name_or_path = model.config.name_or_path = str(path)  # peft looks there
     other_shape = {name for name, *_ in found["mismatched_keys"]}
     backbone = f"{model_class.base_model_prefix}."
     lacking = sorted(n for n in {*found["missing_keys"], *other_shape} if n.startswith(backbone))
     if lacking:
         raise ValueError(
-            f"the pretrained model {path} lacks {len(lacking)} of the weights that its own "
-            f"config.json describes, {lacking[0]} first; give a folder that save_pretrained made"
+            f"{path / 'model.safetensors'} lacks, or has in another shape, {len(lacking)} of the "
+            f"weights that its config.json describes, {lacking[0]} first; give a folder that "
+            "save_pretrained made"
         )
-    return model
+    return model, found
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"{path / 'model.safetensors'} is damaged or no safetensors file ({error}); train the "
+        "model again, or copy the file again from where it came"
+    )
 
 
 def adapt(model: PreTrainedModel, settings: LoraSettings) -> Any:

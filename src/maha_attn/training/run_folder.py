@@ -25,11 +25,13 @@ import torch
 import yaml
 
 from maha_attn.training.checkpoint import belongs_to, checkpoints, replace_text
+from maha_attn.training.distributed import num_processes
 from maha_attn.training.identity import check_same_run, identify_settings
 
 _PACKAGES = (
     "maha-attn",
     *("torch", "triton", "transformers", "accelerate", "tokenizers", "datasets", "numpy"),
+    *("scikit-learn", "sacrebleu"),
 )
 
 
@@ -70,8 +72,18 @@ class RunFolder:
         return self.path / "scales.png"
 
     def settings(self) -> dict[str, Any]:
-        """The complete settings as plain values."""
-        return yaml.safe_load(self.recipe.read_text())
+        """The complete settings as plain values.
+
+        Raises:
+            ValueError: Its recipe is damaged.
+        """
+        try:
+            settings = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.recipe} is damaged: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{self.recipe} is damaged: it holds no settings")
+        return settings
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint."""
@@ -141,11 +153,25 @@ def open_run(path: str) -> RunFolder:
             "for example runs/demo"
         )
     if not (run.model / "model.safetensors").is_file():
+        refuse_pickle(run.model)
         raise ValueError(
             f"run folder {path} has no model/model.safetensors: its training did not end; "
             "finish it with `maha train RECIPE --resume`"
         )
     return run
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Say why weights that are there all the same are not read.
+
+    Raises:
+        ValueError: The folder holds weights as PyTorch pickles them.
+    """
+    if (file := folder / "pytorch_model.bin").is_file():
+        raise ValueError(
+            f"{file} is pickled, and unpickling it may run any code, so it is not read; if you "
+            "trust it, load it yourself and save_pretrained the model (model.safetensors)"
+        )
 
 
 def resume_run(path: str, settings: dict[str, Any]) -> RunFolder:
@@ -178,6 +204,7 @@ def environment() -> dict[str, Any]:
         "device": "cuda" if cuda else "cpu",
         "device_name": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": num_processes(),
     }
 
 

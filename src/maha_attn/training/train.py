@@ -18,7 +18,7 @@ from maha_attn.training.checkpoint import appearing, full_disk_explained
 from maha_attn.training.distributed import is_main_process, shard, wait_for_all
 from maha_attn.training.identity import identify_data, identify_settings
 from maha_attn.training.metrics import MetricsFile
-from maha_attn.training.model import adapt
+from maha_attn.training.model import adapt, load_saved
 from maha_attn.training.recipe import LoraSettings, TrainSettings
 from maha_attn.training.run_folder import RunFolder
 from maha_attn.training.trainer import RunTrainer
@@ -97,4 +97,4 @@ def train_model(
                     examples.tokenizer.save_pretrained(folder)
             wait_for_all()
     # What is divided cannot be evaluated in one process.
-    return type(model).from_pretrained(run.model) if arguments.shard else model
+    return load_saved(type(model), run.model) if arguments.shard else model
