@@ -4,13 +4,26 @@
 processes need about 70 GB of GPU memory and six minutes. Failures go to stderr at once.
 """
 
+import fcntl
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests that need tens of GB wait for each other, and give back at once what they had."""
+    import torch
+
+    with (tmp_path_factory.getbasetemp().parent / "much-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,10 @@
 # pyright: reportAttributeAccessIssue=false
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +15,10 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from maha_attn import AttentionSpec, MultiscaleAttention
+from maha_attn import AttentionCache, AttentionSpec, MultiscaleAttention
 from maha_attn.ops.triton import (
+    decode_attention,
+    decode_tokens,
     fusion_backward,
     fusion_forward,
     pyramid,
@@ -93,6 +99,20 @@ def test_no_output_depends_on_a_later_token():
             assert torch.equal(layer(changed)[:, :seen], y[:, :seen]), seen
 
 
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=str)
+def test_repeats_are_bitwise_equal(options):
+    layer = make(**options).bfloat16()
+    x = torch.randn(2, 1000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def step():
+        return [y := layer(x), *torch.autograd.grad(y.square().sum(), inputs)]
+
+    first = step()
+    for _ in range(250):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
 def test_captured_in_a_graph():
     layer = make().bfloat16()
     x = torch.randn(2, 512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -130,15 +150,17 @@ def compiled_kernels():
     """How many times the kernels have been compiled in this process."""
     device, count = torch.cuda.current_device(), 0
     attention = (scale_attention_forward, scale_attention_backward)
-    for module in (fusion_forward, fusion_backward, pyramid, rotary, *attention):
+    decoding = (decode_attention, decode_tokens)
+    for module in (fusion_forward, fusion_backward, pyramid, rotary, *attention, *decoding):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 count += len(kernel.device_caches[device][0])
     return count
 
 
-def test_other_lengths_and_batches_compile_nothing():
-    layer = make(window=128).bfloat16()
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[3]], ids=str)
+def test_other_lengths_and_batches_compile_nothing(options):
+    layer = make(window=128, **options).bfloat16()
 
     def step(batch, length):
         x = torch.randn(batch, length, 256, device="cuda", dtype=torch.bfloat16)
@@ -149,6 +171,56 @@ def test_other_lengths_and_batches_compile_nothing():
     for batch, length in ((1, 4097), (3, 5000), (1, 16384), (4, 3001)):
         step(batch, length)
     assert compiled_kernels() == before
+
+
+@torch.no_grad()
+def test_other_contexts_and_batches_compile_nothing_for_a_step():
+    layer = make(window=128).bfloat16()
+
+    def step(batch, context):
+        x = torch.randn(batch, context + 2, 256, device="cuda", dtype=torch.bfloat16)
+        cache = AttentionCache(layer.spec)
+        for part in x.split([context, 1, 1], 1):
+            layer(part, cache=cache)
+
+    step(2, 300)
+    before = compiled_kernels()
+    for batch, context in ((1, 4097), (5, 1000), (16, 20000), (3, 77)):
+        step(batch, context)
+    assert compiled_kernels() == before
+
+
+FIRST_CALL = """
+import json, time, torch
+from maha_attn import AttentionCache, AttentionSpec, MultiscaleAttention
+
+layer = MultiscaleAttention(AttentionSpec(hidden_size=1024, num_heads=16)).cuda().bfloat16()
+x = torch.randn(2, 4096, 1024, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+start = time.perf_counter()
+layer(x.requires_grad_()).sum().backward()
+torch.cuda.synchronize()
+seconds = {"training": time.perf_counter() - start}
+cache = AttentionCache(layer.spec)
+with torch.no_grad():
+    layer(x, cache=cache)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    layer(x[:, :1], cache=cache)
+torch.cuda.synchronize()
+print(json.dumps(seconds | {"decoding": time.perf_counter() - start}))
+"""
+
+
+def test_the_first_calls_take_30_seconds_at_most(tmp_path):
+    """In a process of its own that finds nothing compiled; the device's own start is included."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds = json.loads(done.stdout)
+    assert sum(seconds.values()) <= 30, seconds
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

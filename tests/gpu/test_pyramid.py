@@ -28,6 +28,8 @@ def run(operation, x, weights, dtype, **options):
     ((_, *scales),) = operation([x], weights, steps=2, **options)
     generator = torch.Generator("cuda").manual_seed(1)
     draw = partial(torch.randn, device="cuda", generator=generator)
+    if not scales:
+        return []
     grads = [draw(y.shape).to(torch.bfloat16).to(dtype) for y in scales]
     used = inputs[: 1 + len(scales)]
     return [*scales, *torch.autograd.grad(scales, used, grads)]
@@ -36,6 +38,8 @@ def run(operation, x, weights, dtype, **options):
 def check(length, dtype, *, ratio=2, taps=3, method="conv", width=72, **options):
     torch.manual_seed(length)
     x = torch.randn(2, length, width, device="cuda", dtype=dtype)
+    if (lengths := options.get("lengths")) is not None:
+        x *= (torch.arange(length, device="cuda") < lengths[:, None])[..., None]
     weights = [
         torch.randn(taps, width, device="cuda", dtype=dtype) for _ in range(2 * (method == "conv"))
     ]
@@ -55,13 +59,21 @@ def check(length, dtype, *, ratio=2, taps=3, method="conv", width=72, **options)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("method", ["conv", "mean"])
 def test_lengths(method, causal, dtype):
-    for length in (2, 7, 127, 128, 129, 1000, 4097, 65537):
+    for length in (1, 2, 7, 127, 128, 129, 1000, 4097, 65537):
         check(length, dtype, method=method, causal=causal, taps=3 if method == "conv" else 2)
 
 
 @pytest.mark.parametrize(("ratio", "taps"), [(2, 2), (2, 9), (3, 4), (4, 5)])
 def test_ratios_and_taps(ratio, taps):
     check(1001, torch.bfloat16, ratio=ratio, taps=taps, causal=True, width=1024)
+
+
+@pytest.mark.parametrize("method", ["conv", "mean"])
+def test_rows_of_different_length(method):
+    options = {"method": method, "causal": False, "taps": 3 if method == "conv" else 2}
+    for tokens in ([1000, 129], [7, 0], [1, 4097]):
+        lengths = torch.tensor(tokens, device="cuda")
+        check(max(tokens), torch.bfloat16, lengths=lengths, **options)
 
 
 def test_repeats_are_bitwise_equal_and_everything_is_written():
@@ -80,31 +92,75 @@ def test_repeats_are_bitwise_equal_and_everything_is_written():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_offsets_past_two_to_the_31():
     x = torch.randn(1, 2**21 + 300, 1024, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31
-    (_, whole), (_, tail) = (
-        build([t], [weight], steps=1, ratio=2, causal=True)[0] for t in (x, x[:, -400:])
-    )
+    inputs = [t.detach().requires_grad_() for t in (x, x[:, -400:])]
+    whole, tail = (build([t], [weight], steps=1, ratio=2, causal=True)[0][1] for t in inputs)
     assert torch.equal(whole[:, -199:], tail[:, 1:])
-    packed = x.view(1, -1, 2, 8, 64)
+    grad = torch.randn_like(whole)
+    whole, tail = (
+        torch.autograd.grad(y, t, grad[:, -y.shape[1] :])[0]
+        for y, t in zip((whole, tail), inputs, strict=True)
+    )
+    assert torch.equal(whole[:, -396:], tail[:, 4:])
+
+
+@pytest.mark.usefixtures("much_memory")
+def test_rotation_at_offsets_past_two_to_the_31():
+    packed = torch.randn(1, 2**21 + 300, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    assert packed.numel() > 2**31
     table = rotary_table(torch.arange(packed.shape[1], device="cuda"), 64)
-    whole, tail = rotate_projection(packed, table), rotate_projection(packed[:, -9:], table[-9:])
+    inputs = [t.detach().requires_grad_() for t in (packed, packed[:, -9:])]
+    whole, tail = (rotate_projection(t, table[-t.shape[1] :]) for t in inputs)
     for a, b in zip(whole, tail, strict=True):
         assert torch.equal(a[:, :, -9:], b)
+    whole, tail = (
+        torch.autograd.grad(y, t, [part.detach() for part in y])[0]
+        for y, t in zip((whole, tail), inputs, strict=True)
+    )
+    assert torch.equal(whole[:, -9:], tail)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def turned(rotation, x, table, grad, dtype):
+    """What a rotation makes of every part of ``x``, and the gradient."""
+    x = x.detach().to(dtype).requires_grad_()
+    parts = rotation(x, table)
+    return [*parts, torch.autograd.grad(parts, x, [g.to(dtype) for g in grad])[0]]
+
+
+def rotate_parts(x, table):
+    return [rotate(t, table.to(torch.promote_types(t.dtype, table.dtype)), "torch").transpose(1, 2)
+            for t in x.unbind(2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [40, 64, 96])
 def test_rotation(width, dtype):
-    x = torch.randn(2, 1000, 2, 5, width, device="cuda", dtype=dtype, requires_grad=True)
-    table = rotary_table(torch.arange(1000, device="cuda"), width)
-    ours = rotate_projection(x, table)
-    theirs = [rotate(t, table, "torch").transpose(1, 2) for t in x.unbind(2)]
-    grad = [torch.randn_like(t) for t in theirs]
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    a, b = (torch.autograd.grad(t, x, grad)[0] for t in (ours, theirs))
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for length in (1, 2, 127, 129, 1000, 65537):
+        x = torch.randn(2, length, 2, 5, width, device="cuda", dtype=dtype)
+        table = rotary_table(torch.arange(length, device="cuda"), width)
+        grad = torch.randn(2, 2, 5, length, width, device="cuda", dtype=dtype)
+        ours = turned(rotate_projection, x, table, grad, dtype)
+        plain = turned(rotate_parts, x, table, grad, dtype)
+        exact = turned(rotate_parts, x, table, grad, torch.float64)
+        for i, (a, b, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+            assert a.dtype == dtype
+            mine, other = ((t.double() - truth).abs().max() for t in (a, b))
+            assert mine <= (3 if i == 2 else 2) * other + 1e-6 * truth.abs().max()
+
+
+def test_repeated_rotations_are_bitwise_equal_and_everything_is_written():
+    x = torch.randn(2, 1000, 2, 5, 64, device="cuda", dtype=torch.bfloat16)
+    table = rotary_table(torch.arange(1000, device="cuda"), 64)
+    grad = torch.randn(2, 2, 5, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    first = turned(rotate_projection, x, table, grad, torch.bfloat16)
+    torch.use_deterministic_algorithms(True)  # Fills fresh memory with NaN.
+    try:
+        for _ in range(250):
+            again = turned(rotate_projection, x, table, grad, torch.bfloat16)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

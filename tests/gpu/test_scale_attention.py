@@ -83,7 +83,15 @@ def test_lengths(stride, window, causal):
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 40])
 def test_dtypes_and_widths(width, dtype):
     for window in (128, None):
-        check(1000, window=window, causal=True, dtype=dtype, width=width)
+        for length in (7, 129, 1000, 2049):
+            check(length, window=window, causal=True, dtype=dtype, width=width)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(128, torch.float16), (64, torch.float32)])
+def test_dtypes_and_widths_bidirectional(width, dtype):
+    for window in (128, None):
+        for length in (1, 129, 1000):
+            check(length, window=window, causal=False, dtype=dtype, width=width)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -102,38 +110,60 @@ def test_rows_of_different_length(window):
         check(1000, window=window, causal=False, stride=stride, lengths=lengths, real=real, batch=3)
 
 
-@pytest.mark.parametrize("window", [128, None])
-def test_a_long_row(window):
-    """65,537 tokens, judged by a few queries, in fp64."""
+def in_pieces(inputs, grad, dtype, *, window, causal, stride):
+    """`run` of one row and head by its definition, some queries at a time; sums of them in fp64."""
+    q, k, v = (t.detach()[0, 0].to(dtype) for t in inputs)
+    grad = grad[0, 0].to(dtype)
+    blocks, lead = torch.arange(len(k), device=k.device), int(causal)
+    outputs, sums = [], [torch.zeros_like(t, dtype=torch.float64) for t in (q, k, v)]
+    for rows in torch.arange(len(q), device=q.device).split(512):
+        distance = ((rows + lead) // stride - lead)[:, None] - blocks
+        seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            seen &= distance < window if causal else distance.abs() <= window // 2
+        some = seen.any(-1, keepdim=True)
+        leaves = [t.clone().requires_grad_() for t in (q[rows], k, v)]
+        scores = (leaves[0] @ leaves[1].T / 8).masked_fill(~seen & some, -torch.inf)
+        out = torch.where(some, scores.softmax(-1) @ leaves[2], 0)
+        outputs.append(out.detach())
+        dq, dk, dv = torch.autograd.grad(out, leaves, grad[rows])
+        sums[0][rows] = dq.double()
+        sums[1] += dk
+        sums[2] += dv
+    return [t.to(dtype)[None, None] for t in (torch.cat(outputs), *sums)]
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "stride"),
+    [(128, True, 1), (None, True, 1), (128, False, 1), (None, False, 1), (None, True, 4)],
+)
+def test_a_long_row(window, causal, stride):
+    """Every query and key of 65,537 tokens, in fp64."""
     length = 65537
-    q, k, v = make(length, length, batch=1, heads=1)
-    rows = torch.tensor([0, 1, 127, 128, 4096, 32769, 65407, 65535, 65536], device="cuda")
-    grad = torch.zeros_like(q)
-    grad[:, :, rows] = torch.randn(len(rows), 64, device="cuda", dtype=q.dtype)
-    seen = torch.arange(length, device="cuda") <= rows[:, None]
-    if window is not None:
-        seen &= torch.arange(length, device="cuda") > rows[:, None] - window
-
-    def few(q, k, v):
-        scores = (q[:, :, rows] @ k.mT / 8).masked_fill(~seen, -torch.inf)
-        return torch.zeros_like(q).index_copy(2, rows, scores.softmax(-1) @ v)
-
-    results = run(lambda *t: scale_attention(*t, window=window), [q, k, v], grad)
-    plain, exact = run(few, [q, k, v], grad), run(few, [q, k, v], grad, torch.float64)
-    results[0] = torch.zeros_like(q).index_copy(2, rows, results[0][:, :, rows])
+    inputs = make(length, length // stride, batch=1, heads=1)
+    grad = torch.randn_like(inputs[0])
+    options = {"window": window, "causal": causal, "stride": stride}
+    results = run(scale_attention, inputs, grad, **options)
+    plain, exact = (
+        in_pieces(inputs, grad, dtype, **options) for dtype in (torch.bfloat16, torch.float64)
+    )
     assert_rule(results, plain, exact)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [128, None])
-def test_repeats_are_bitwise_equal(window):
-    inputs = make(1500, 1500, heads=8)
+@pytest.mark.parametrize("stride", [1, 4])
+def test_repeats_are_bitwise_equal(stride, window, causal):
+    inputs = make(1500, 1500 // stride, heads=8)
     grad = torch.randn(inputs[0].shape, device="cuda", dtype=torch.bfloat16)
-    first = run(scale_attention, inputs, grad, window=window)
+    options = {"window": window, "causal": causal, "stride": stride}
+    first = run(scale_attention, inputs, grad, **options)
     for _ in range(250):
-        again = run(scale_attention, inputs, grad, window=window)
+        again = run(scale_attention, inputs, grad, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_offsets_past_two_to_the_31():
     length, last = 2**21 + 300, 600
     assert length * 16 * 64 > 2**31
@@ -177,16 +207,18 @@ def test_no_output_depends_on_a_later_token(stride, window):
 
 
 @pytest.mark.parametrize("window", [128, None])
-def test_nan_in_masked_keys_is_harmless(window):
-    inputs = make(400, 400)
-    lengths = torch.tensor([400, 150], device="cuda")
+@pytest.mark.parametrize("stride", [1, 4])
+def test_nan_in_masked_keys_is_harmless(stride, window):
+    inputs = make(400, 400 // stride)
+    real = -(-150 // stride)
+    lengths = torch.tensor([400 // stride, real], device="cuda")
     grad = torch.randn_like(inputs[0])
     grad[1, :, 150:] = 0
-    options = {"window": window, "causal": False, "lengths": lengths}
+    options = {"window": window, "causal": False, "stride": stride, "lengths": lengths}
     clean = run(scale_attention, inputs, grad, **options)
     spoilt = [t.detach().clone() for t in inputs]
     for t in spoilt[1:]:
-        t[1, :, 150:] = torch.nan
+        t[1, :, real:] = torch.nan
     for a, b in zip(clean, run(scale_attention, spoilt, grad, **options), strict=True):
         assert torch.equal(a, b)
 

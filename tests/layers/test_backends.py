@@ -8,7 +8,21 @@ import torch
 from maha_attn import AttentionCache, MultiscaleAttention
 
 pytest.importorskip("triton")
+from maha_attn.ops.triton import fusion, pyramid, rotary, scale_attention
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch):
+    """What the layer makes, kernels read as it lies: `unit_last` has nothing to do."""
+
+    def as_it_lies(t):
+        assert t.stride(-1) == 1, f"a copy would be made of {tuple(t.shape)}, {t.stride()}"
+        return t
+
+    for module in (fusion, pyramid, rotary, scale_attention):
+        monkeypatch.setattr(module, "unit_last", as_it_lies)
 
 
 @pytest.mark.parametrize(
@@ -16,8 +30,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     [
         {},
         {"fusion": "nash", "causal": False},
-        {"queries": "fine", "downsample": "mean"},
-        {"ratio": 3, "fusion": "gate"},
+        {"queries": "fine", "downsample": "mean", "fusion": "gate"},
+        {"ratio": 4, "target": "learned", "recompute": True},
         {"num_scales": 1, "preset": "window"},
     ],
     ids=str,
@@ -35,6 +49,32 @@ def test_forward_and_every_gradient(make_layer, options):
         results.append((y, info.weights, *grads))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+LIMITS = [
+    ({"ratio": 3}, "fusion's kernel needs a ratio that is a power of 2, got 3"),
+    ({"granularity": "sequence", "causal": False}, "has no granularity='sequence'"),
+    ({"downsample": "max"}, "the pyramid's kernel has no downsample='max'"),
+    ({"downsample": "dense_conv"}, "the pyramid's kernel has no downsample='dense_conv'"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), LIMITS, ids=str)
+def test_an_option_without_a_kernel_is_an_error_that_says_so(make_layer, options, reason):
+    layer = make_layer(backend="triton", **options).to(DEVICE)
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run: .*{reason}"):
+        layer(torch.randn(2, 21, 16, device=DEVICE))
+
+
+def test_one_scale_needs_neither_pyramid_nor_fusion(make_layer):
+    options = {"num_scales": 1, "ratio": 3, "downsample": "max"}
+    layer = make_layer(**options, backend="triton").to(DEVICE)
+    x = torch.randn(1, 12, 16, device=DEVICE)
+    cache = AttentionCache(layer.spec)
+    with torch.no_grad():
+        y = torch.cat([layer(part, cache=cache) for part in x.split([11, 1], 1)], 1)
+        expected = make_layer(**options, backend="torch").to(DEVICE)(x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -101,19 +101,39 @@ def test_a_step_can_be_repeated(make_layer):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:PyTorch operators run")
 def test_a_projection_that_does_more_is_called(make_layer):
-    layer, kernels = twins(make_layer)
+    layer = make_layer().to(DEVICE)
     x, calls = torch.randn(1, 8, 16, device=DEVICE), []
-    cache = filled(layer, kernels, x)
-    assert decoding.has_kernels(kernels, x)
-    handle = kernels.k_proj[1].register_forward_hook(lambda *_: calls.append(1))
-    kernels(x[:, :1], cache=cache)
+    cache = AttentionCache(layer.spec)
+    layer(x, cache=cache)
+    layer.k_proj[1].register_forward_hook(lambda *_: calls.append(1))
+    layer(x[:, :1], cache=cache)
     assert calls
+
+
+LIMITS = [
+    ({"gating": True}, "no gating and no dilation"),
+    ({"dilation": 1}, "no gating and no dilation"),
+    ({"downsample": "max"}, "no downsample='max'"),
+]
+
+
+def test_what_the_kernels_cannot_do_is_an_error(make_layer):
+    layer, x = make_layer(backend="triton").to(DEVICE), torch.randn(1, 1, 16, device=DEVICE)
+    assert decoding.has_kernels(layer, x)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="under autocast"):
+        decoding.has_kernels(layer, x)
+    handle = layer.k_proj[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"linear projections of torch\.float32, without"):
+        decoding.has_kernels(layer, x)
     handle.remove()
-    kernels.q_proj[0] = torch.nn.Sequential(kernels.q_proj[0])
-    assert not decoding.has_kernels(kernels, x)
-    for options in ({"gating": True}, {"dilation": 1}, {"downsample": "max"}):
-        assert not decoding.has_kernels(make_layer(**options, backend="triton").to(DEVICE), x)
+    layer.q_proj[0] = torch.nn.Sequential(layer.q_proj[0])
+    with pytest.raises(ValueError, match="without hooks or adapters"):
+        decoding.has_kernels(layer, x)
+    for options, reason in LIMITS:
+        with pytest.raises(ValueError, match=reason):
+            decoding.has_kernels(make_layer(**options, backend="triton").to(DEVICE), x)
 
 
 def step_arguments(layer, cache, x):
@@ -139,6 +159,22 @@ def test_as_an_operator(make_layer):
     keys = arguments[4]
     # Value, gate of two logits, two queries and two keys, each [8, 8]; all slots of the cache.
     assert counter.get_total_flops() == 2 * 8 * (5 * 8 + 2) + 4 * keys.numel()
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_one_graph(make_layer):
+    layer, kernels = twins(make_layer, num_scales=2, hidden_size=8, num_heads=1)
+    x = torch.randn(2, 6, 8, device=DEVICE)
+    caches = [filled(layer, kernels, x[:, :4]) for _ in range(2)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(token):
+        return kernels(token, cache=caches[0])
+
+    for token in x[:, 4:].split(1, 1):
+        assert torch.equal(compiled(token), kernels(token, cache=caches[1]))
+    for a, b in zip(*(cache.ready().tensors() for cache in caches), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_graph_needs_a_gpu_and_a_filled_cache(make_layer):

@@ -196,6 +196,18 @@ def test_floating_point_operations_are_counted():
         kernels.fuse(outputs, options, **tensors)
     # Six Gram entries, three products with the target, three terms of the output.
     assert counter.get_total_flops() == 2 * (6 + 3 + 3) * outputs[0].numel()
+    # Backward: those entries once more, and five products with each scale's output.
+    assert backward_flops(outputs, options, tensors) == 2 * (6 + 15) * outputs[0].numel()
+    outputs, options, tensors = make((True, False, 2, 3, 8, 2, 16), PROBLEMS["gate"])
+    assert backward_flops(outputs, options, tensors) == 2 * 2 * 3 * outputs[0].numel()
+
+
+def backward_flops(outputs, options, tensors):
+    inputs = [t.requires_grad_() for t in (*outputs, *tensors.values())]
+    out = kernels.fuse(outputs, options, **tensors).output
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum(), inputs)
+    return counter.get_total_flops()
 
 
 def test_low_precision_rounds_once():

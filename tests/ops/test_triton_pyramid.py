@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Read when triton is imported.
@@ -80,6 +81,23 @@ def test_operator_contracts():
     table = rotary_table(torch.arange(9, device=DEVICE), 8)
     packed = torch.randn(2, 9, 2, 3, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.maha.rotate.default, (packed, table))
+
+
+@pytest.mark.parametrize("taps", [3, None])
+def test_floating_point_operations_are_counted(taps):
+    """Two streams of 8 tokens and 16 channels; 4 and 2 coarse tokens each."""
+    streams = [torch.randn(1, 8, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
+    weights = [
+        torch.randn(taps, 16, device=DEVICE, requires_grad=True) for _ in range(2 * bool(taps))
+    ]
+    with FlopCounterMode(display=False) as forward:
+        built = kernels.build(streams, weights, steps=2, ratio=2, causal=True, lengths=None)
+    coarse = 2 * (4 + 2) * 16
+    assert forward.get_total_flops() == 2 * (taps or 2) * coarse
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad([t.sum() for x in built for t in x[1:]], [*streams, *weights])
+    # A product a tap for the tokens, and one for the weight; of a mean one product for the block.
+    assert backward.get_total_flops() == 2 * (2 * taps if taps else 1) * coarse
 
 
 @pytest.mark.parametrize("per_row", [False, True])

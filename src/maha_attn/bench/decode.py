@@ -6,12 +6,14 @@ attention sees a preallocated cache of which every slot is real, its best case. 
 also runs as a CUDA graph. Caches are filled with noise: what they hold costs nothing.
 
 A MAHA step does more work the more scales it completes a block of, so times are of whole cycles of
-``r^(S-1)`` steps, and rows stand at different phases of it.
+``r^(S-1)`` steps, and rows stand at different phases of it. Bytes of a step are the weights and the
+keys and values that its due queries see, each read once, on average over a cycle.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -38,8 +40,8 @@ FULL = {
 MAHA = {"MAHA": "coarse", "MAHA, fine queries": "fine"}
 WARMUP = 2
 
-Stack = tuple[Callable[[Tensor], Tensor], Sequence[AttentionCache], int]
-"""A step of all layers, what it continues, and the bytes of its caches."""
+Stack = tuple[Callable[[Tensor], Tensor], Sequence[AttentionCache], int, float]
+"""A step of all layers, what it continues, the bytes of its caches, and those that it reads."""
 
 
 class CachedFullAttention(nn.Module):
@@ -69,12 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     device = torch.device(options.device)
     limits = ceilings(device, DTYPES[options.dtype])
-    print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.0f} TFLOP/s")
+    print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s")
     rows = []
     for context in options.contexts:
         torch.manual_seed(options.seed)
         with torch.no_grad():
-            measured = _measure(options, context)
+            measured = _measure(options, context, limits["copy_gb_s"])
         rows += [{"context": context, **row} for row in measured]
         print(f"\n{context} tokens of {options.rows} rows\n{_table(measured)}", flush=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
@@ -86,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nWritten: {options.output}")
 
 
-def _measure(options: argparse.Namespace, context: int) -> list[dict[str, Any]]:
+def _measure(options: argparse.Namespace, context: int, copy_gb_s: float) -> list[dict[str, Any]]:
     """A row for each side: milliseconds a step, bytes of its caches; or why it did not run."""
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     x = torch.randn(options.rows, 1, options.width, device=device, dtype=dtype)
@@ -97,16 +99,21 @@ def _measure(options: argparse.Namespace, context: int) -> list[dict[str, Any]]:
         stacks[name] = _maha_stack(options, context, x, cycle, queries)
     rows: dict[str, dict[str, Any]] = {}
     runs = {}
-    for name, (step, caches, nbytes) in stacks.items():
-        eager = rows[name] = {"side": name, "cache_bytes": nbytes}
+    for name, (step, caches, nbytes, read) in stacks.items():
+        sizes = {"cache_bytes": nbytes, "step_bytes": read}
+        eager = rows[name] = {"side": name, **sizes}
+        start = time.perf_counter()
         try:
             step(x)
         except RuntimeError as error:
             eager["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        eager["first_call_s"] = time.perf_counter() - start  # Compilation, mostly.
         runs[name] = partial(_repeat, step, x, cycle)
         if device.type == "cuda":
-            graphed = rows[f"{name}, graph"] = {"side": f"{name}, graph", "cache_bytes": nbytes}
+            graphed = rows[f"{name}, graph"] = {"side": f"{name}, graph", **sizes}
             try:
                 runs[graphed["side"]] = partial(_repeat, GraphedStep(step, [x], caches), x, cycle)
             except RuntimeError as error:
@@ -122,6 +129,7 @@ def _measure(options: argparse.Namespace, context: int) -> list[dict[str, Any]]:
             "issue_ms": timing.issue_ms / cycle,
             "rounds": timing.rounds,
             "speedup": fastest / timing.median_ms,
+            "of_copy": rows[name]["step_bytes"] * cycle / timing.median_ms / 1e6 / copy_gb_s,
             "cache_share": rows[name]["cache_bytes"] / full[2],
         }
     return list(rows.values())
@@ -134,7 +142,7 @@ def _repeat(step: Callable[[Tensor], Tensor], x: Tensor, times: int) -> None:
 
 def _full_stack(
     options: argparse.Namespace, context: int, x: Tensor
-) -> tuple[Callable[[SDPBackend, Tensor], Tensor], list[AttentionCache], int]:
+) -> tuple[Callable[[SDPBackend, Tensor], Tensor], list[AttentionCache], int, float]:
     """Layers of full attention; the backend is chosen at each step."""
     with x.device:
         layers = [
@@ -153,7 +161,9 @@ def _full_stack(
                 x = x + layer(x, table)
         return x
 
-    return step, [], sum(b.nbytes for layer in layers for b in layer.buffers())
+    nbytes = sum(b.nbytes for layer in layers for b in layer.buffers())
+    weights = sum(p.nbytes for layer in layers for p in layer.parameters())
+    return step, [], nbytes, nbytes + weights
 
 
 def _maha_stack(
@@ -188,7 +198,25 @@ def _maha_stack(
             x = x + layer(x, cache=cache)
         return x
 
-    return step, caches, sum(cache.nbytes for cache in caches)
+    read = sum(bytes_read(layer, options.rows, context) for layer in layers)
+    return step, caches, sum(cache.nbytes for cache in caches), read
+
+
+def bytes_read(layer: MultiscaleAttention, rows: int, context: int) -> float:
+    """Of a step, on average over a cycle in which the rows stand at different phases.
+
+    The queries of scale ``s`` are due every ``r^s`` steps of a row, or at each step if fine.
+    """
+    spec, fine = layer.spec, layer.spec.queries == "fine"
+    total = float(sum(p.nbytes for p in layer.parameters()))
+    weight = layer.v_proj.weight  # As large as a scale's projection to queries, or to keys.
+    for stride, span in zip(spec.strides, spec.spans, strict=True):
+        idle = max(1 - rows / stride, 0)  # Share of the steps at which no row completes a block.
+        total -= idle * (1 if fine else 2) * weight.nbytes
+        keys = min(span or context, context // stride)
+        seen = 2 * rows * keys * spec.hidden_size * weight.element_size()
+        total += seen / (1 if fine else stride)
+    return total
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -225,11 +253,11 @@ def _integers(text: str) -> list[int]:
 def _table(rows: list[dict[str, Any]]) -> str:
     """One line a side; below, the sides that did not run, and why."""
     name_width = max(len(row["side"]) for row in rows)
-    header = ["ms a step", "±", "× full", "issue", "cache MiB", "of full"]
+    header = ["ms a step", "±", "× full", "of copy", "issue", "cache MiB", "of full"]
     lines = [" " * name_width + "".join(f"{cell:>11}" for cell in header)]
     for row in (row for row in rows if "skipped" not in row):
-        numbers = [row["step_ms"], row["spread_ms"], row["speedup"], row["issue_ms"]]
-        cells = [f"{number:.3f}" for number in numbers]
+        cells = [f"{row[key]:.3f}" for key in ("step_ms", "spread_ms", "speedup")]
+        cells += [f"{row['of_copy']:.0%}", f"{row['issue_ms']:.3f}"]
         cells += [f"{row['cache_bytes'] / 2**20:.0f}", f"{row['cache_share']:.2%}"]
         lines.append(row["side"].ljust(name_width) + "".join(f"{cell:>11}" for cell in cells))
     lines += [f"{row['side']}: {row['skipped'][:100]}" for row in rows if "skipped" in row]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maha_attn.baselines import ATTENTIONS, build_attention
+from maha_attn.bench.measure import Work
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.ops.pyramid import coarse_length
 from maha_attn.ops.scale_attention import scale_attention
@@ -74,6 +75,15 @@ def attention_cost(spec: AttentionSpec, length: int) -> AttentionCost:
         attention_flops=attention_flops,
         full_attention_flops=per_pair * length**2,
         layer_flops=counter.get_total_flops(),
+    )
+
+
+def layer_work(spec: AttentionSpec, length: int, rows: int) -> Work:
+    """What a layer of ``spec`` has to compute for so many rows of ``length`` tokens."""
+    cost = attention_cost(spec, length)
+    return Work(
+        attention=4 * spec.hidden_size * rows * cost.visible_pairs,
+        projections=rows * (cost.layer_flops - cost.attention_flops),
     )
 
 

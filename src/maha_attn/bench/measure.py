@@ -28,11 +28,37 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
+class Work:
+    """FLOPs that a side's definition asks for, forward; a multiply-add is two.
+
+    Masked pairs that a kernel visits, and products that a backward pass computes once more, are not
+    counted: a side that avoids them has the larger share of the ceiling.
+
+    Attributes:
+        attention: ``QKᵀ`` and ``PV`` of the visible pairs; five products backward for these two.
+        projections: Products with weights; two backward for each.
+    """
+
+    attention: int
+    projections: int = 0
+
+    def flops(self, what: str) -> int:
+        """Of ``forward``, or of ``train``: forward and backward."""
+        if what == "forward":
+            return self.attention + self.projections
+        return 7 * self.attention // 2 + 3 * self.projections
+
+
+@dataclass(frozen=True)
 class Side:
-    """A competitor: a differentiable computation and the inputs that it is differentiated for."""
+    """A competitor: a differentiable computation and the inputs that it is differentiated for.
+
+    ``work``: None where its definition has no closed form.
+    """
 
     run: Callable[[], Tensor]
     inputs: list[Tensor]
+    work: Work | None = None
 
     def forward(self) -> Tensor:
         """Without a graph."""
@@ -47,6 +73,13 @@ class Side:
             _gradients.clear()
             _gradients[key] = torch.randn_like(out)
         torch.autograd.grad(out, self.inputs, _gradients[key])
+
+    def nbytes(self, what: str, out: Tensor) -> int:
+        """Inputs and output, once each pass; in ``train`` also the gradients of both.
+
+        Any implementation moves as much, but for the inputs that it does not look at.
+        """
+        return (1 if what == "forward" else 3) * (sum(t.nbytes for t in self.inputs) + out.nbytes)
 
 
 MakeSide = Callable[[], Side | str]
@@ -239,11 +272,11 @@ def benchmark(
     options = _parse(prog, description, output, arguments)
     device = torch.device(options.device)
     limits = ceilings(device, DTYPES[options.dtype])
-    print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.0f} TFLOP/s")
+    print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s")
     rows = []
     for length in options.lengths:
         torch.manual_seed(options.seed)
-        measured = measure_sides(make_sides(options, length), reference, options)
+        measured = measure_sides(make_sides(options, length), reference, options, limits)
         rows += [{"length": length, **row} for row in measured]
         print(f"\nN = {length}\n{_table(measured)}", flush=True)
         _gradients.clear()
@@ -257,12 +290,16 @@ def benchmark(
 
 
 def measure_sides(
-    sides: Mapping[str, MakeSide], reference: Collection[str], options: argparse.Namespace
+    sides: Mapping[str, MakeSide],
+    reference: Collection[str],
+    options: argparse.Namespace,
+    limits: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """A row for each side: forward, training, speedups, peak memory; or why not."""
+    """A row for each side: times, speedups, shares of the `ceilings`, memory; or why not."""
     device = torch.device(options.device)
     rows: dict[str, dict[str, Any]] = {name: {"side": name} for name in sides}
     running: dict[str, Side] = {}
+    outputs: dict[str, Tensor] = {}  # Of no content: sizes alone.
     for name, make in sides.items():
         if any(part in name for part in options.skip):
             rows[name]["skipped"] = "left out by --skip"
@@ -273,7 +310,7 @@ def measure_sides(
         else:
             start = time.perf_counter()
             try:
-                side.forward()
+                outputs[name] = side.forward().to("meta")
                 side.train()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -289,6 +326,15 @@ def measure_sides(
         for name, timing in timings.items():
             rows[name][what] = timing
             rows[name][f"{what}_speedup"] = min(full) / timing.median_ms if full else None
+            side, ms = running[name], timing.median_ms
+            nbytes = side.nbytes(what, outputs[name])
+            flops = None if side.work is None else side.work.flops(what)
+            rows[name] |= {
+                f"{what}_bytes": nbytes,
+                f"{what}_of_copy": nbytes / ms / 1e6 / limits["copy_gb_s"],
+                f"{what}_flops": flops,
+                f"{what}_of_matmul": flops and flops / ms / 1e9 / limits["matmul_tflop_s"],
+            }
     for name, side in running.items():
         rows[name]["peak_bytes"] = peak_bytes(side.train, device)
     return list(rows.values())
@@ -299,7 +345,7 @@ def _parse(
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     cuda = torch.cuda.is_available()
-    lengths = [4096, 16384, 65536]
+    lengths = [512, 1024, 2048, 4096, 16384, 65536]
     parser.add_argument("--lengths", type=_integers, default=lengths, metavar="N,…")
     parser.add_argument("--tokens", type=int, default=65536, help="in a batch: rows × length")
     parser.add_argument("--width", type=int, default=1024, help="D")
@@ -323,10 +369,12 @@ def _integers(text: str) -> list[int]:
 def _table(rows: list[dict[str, Any]]) -> str:
     """One line a side, times in ms; below, the sides that did not run, and why.
 
+    ``of peak``: of the matrix product's FLOP/s or of the copy's bytes/s, the larger share.
     ``issue`` is the host's time of fwd+bwd.
     """
     name_width = max(len(row["side"]) for row in rows)
-    header = ["forward", "±", "× full", "fwd+bwd", "±", "× full", "issue", "peak MiB"]
+    header = [*("forward", "±", "× full", "of peak"), *("fwd+bwd", "±", "× full", "of peak")]
+    header += ["issue", "peak MiB"]
     lines = [" " * name_width + "".join(f"{cell:>10}" for cell in header)]
     for row in (row for row in rows if "skipped" not in row):
         cells = []
@@ -334,6 +382,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             speedup = row[f"{what}_speedup"]
             cells += [f"{row[what].median_ms:.3f}", f"{row[what].spread_ms:.3f}"]
             cells.append("–" if speedup is None else f"{speedup:.2f}")
+            cells.append(f"{max(row[f'{what}_of_copy'], row[f'{what}_of_matmul'] or 0):.0%}")
         cells.append(f"{row['train'].issue_ms:.3f}")
         cells.append("–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}")
         lines.append(row["side"].ljust(name_width) + "".join(f"{cell:>10}" for cell in cells))

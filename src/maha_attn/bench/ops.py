@@ -1,15 +1,15 @@
 """``maha bench ops``: the attention itself, from Q, K and V to the heads' outputs.
 
 Every side gets tensors as a projection leaves them and is differentiated for all its inputs. MAHA's
-sides: attention of all scales; the same with each fusion; and its window alone. Full attention:
-SDPA flash, SDPA cuDNN, SDPA materialised. Windows and sparse: FlexAttention, and flash-attn and
-native sparse attention (flash-linear-attention) where they are installed. A side that cannot run
-says why in its row. Ratios are against the fastest full attention of the same run.
+sides: attention of all scales; the same with each fusion; both of a steeper pyramid, ratio 4; and
+its window alone. Full attention: SDPA flash, SDPA cuDNN, SDPA materialised. Windows and sparse:
+FlexAttention, and flash-attn and native sparse attention (flash-linear-attention) where they are
+installed. A side that cannot run says why in its row. Ratios are against the fastest full attention
+of the same run. The default lengths begin below the one from which MAHA wins: no row is left out.
 """
 
 import argparse
 import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maha_attn.bench.measure import DTYPES, MakeSide, Side, benchmark
+from maha_attn.bench.flops import visible_pairs
+from maha_attn.bench.measure import DTYPES, MakeSide, Side, Work, benchmark
 from maha_attn.layers.fusion import fusion_options
 from maha_attn.ops.fusion import fuse
 from maha_attn.ops.pyramid import coarse_length
@@ -60,46 +61,57 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, MakeSide]:
         hidden_size=options.width, num_heads=heads, num_scales=options.scales, ratio=options.ratio,
         window=options.window,
     )  # fmt: skip
-    lengths = [length]
-    for _ in range(spec.num_scales - 1):
-        lengths.append(coarse_length(lengths[-1], spec.ratio, causal=True))
-    scales = [projected(n) for n in lengths if n > 0]
-    spans = spec.spans[: len(scales)]
+    fine = projected(length)
 
-    def attend() -> list[Tensor]:
-        return [scale_attention(*s, window=w) for s, w in zip(scales, spans, strict=True)]
+    def work(spec: AttentionSpec) -> Work:
+        return Work(4 * options.width * batch * visible_pairs(spec, length))
 
-    logits = torch.randn(batch, length, heads, len(scales), device=device, dtype=dtype)
-    logits = logits.transpose(1, 2).detach().requires_grad_()
-    target = scales[0][2]
-
-    inputs = [t for scale in scales for t in scale]
-    fine = scales[0]
+    windowed, full_span = (work(replace(spec, num_scales=1, preset=p)) for p in ("window", "paper"))
 
     def full(backend: SDPBackend) -> Side | str:
-        return too_large(backend, options, length) or Side(partial(_sdpa, fine, backend), fine)
+        run = partial(_sdpa, fine, backend)
+        return too_large(backend, options, length) or Side(run, fine, full_span)
 
-    def maha(run: Callable[[], Tensor], inputs: list[Tensor] = inputs) -> MakeSide:
-        return lambda: Side(run, inputs)
+    def maha(spec: AttentionSpec) -> dict[str, MakeSide]:
+        """Attention alone, and each fusion behind it."""
+        lengths = [length]
+        for _ in range(spec.num_scales - 1):
+            lengths.append(coarse_length(lengths[-1], spec.ratio, causal=True))
+        scales = [fine, *(projected(n) for n in lengths[1:] if n > 0)]
+        logits = torch.randn(batch, length, heads, len(scales), device=device, dtype=dtype)
+        logits = logits.transpose(1, 2).detach().requires_grad_()
+        inputs = [t for scale in scales for t in scale]
 
-    def fused(tensors: dict[str, Any], inputs: list[Tensor], **changes: Any) -> MakeSide:
-        options = fusion_options(replace(spec, **changes))
-        return maha(lambda: fuse(attend(), options, **tensors).output, inputs)
+        def attend() -> list[Tensor]:
+            spans = spec.spans[: len(scales)]
+            return [scale_attention(*s, window=w) for s, w in zip(scales, spans, strict=True)]
+
+        def fused(tensors: dict[str, Any], **changes: Any) -> MakeSide:
+            options = fusion_options(replace(spec, **changes))
+            used = [*inputs, logits] if "logits" in tensors else inputs
+            return lambda: Side(lambda: fuse(attend(), options, **tensors).output, used, work(spec))
+
+        gate = {"logits": logits}
+        convex = gate | {"target": fine[2]}
+        return {
+            "attention, all scales": lambda: Side(lambda: _joined(attend()), inputs, work(spec)),
+            "convex": fused(convex, fusion="convex"),
+            "convex, τ = 0": fused(convex, fusion="convex", temperature=0.0),
+            "nash": fused({}, fusion="nash"),
+            "gate": fused(gate, fusion="gate"),
+            "mean": fused({}, fusion="mean"),
+        }
 
     window = partial(scale_attention, *fine, window=options.window)
     sides: dict[str, MakeSide] = {name: partial(full, backend) for name, backend in FULL.items()}
-    sides["FlexAttention window"] = partial(_flex_window, fine, options.window)
-    sides["flash-attn window"] = partial(_flash_attn_window, fine, options.window)
+    sides["FlexAttention window"] = partial(_flex_window, fine, options.window, windowed)
+    sides["flash-attn window"] = partial(_flash_attn_window, fine, options.window, windowed)
     sides["native sparse attention (fla)"] = partial(_native_sparse, fine)
-    sides["window"] = maha(window, fine)
-    sides["MAHA attention, all scales"] = maha(lambda: _joined(attend()))
-    gated, gate = [*inputs, logits], {"logits": logits}
-    convex = gate | {"target": target}
-    sides["MAHA convex"] = fused(convex, gated, fusion="convex")
-    sides["MAHA convex, τ = 0"] = fused(convex, gated, fusion="convex", temperature=0.0)
-    sides["MAHA nash"] = fused({}, inputs, fusion="nash")
-    sides["MAHA gate"] = fused(gate, gated, fusion="gate")
-    sides["MAHA mean"] = fused({}, inputs, fusion="mean")
+    sides["window"] = lambda: Side(window, fine, windowed)
+    sides |= {f"MAHA {name}": side for name, side in maha(spec).items()}
+    steeper = maha(replace(spec, ratio=4))
+    for name in ("attention, all scales", "convex"):
+        sides[f"MAHA {name}, ratio 4"] = steeper[name]
     return sides
 
 
@@ -129,7 +141,7 @@ def _sdpa(inputs: list[Tensor], backend: SDPBackend) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _flex_window(inputs: list[Tensor], window: int) -> Side | str:
+def _flex_window(inputs: list[Tensor], window: int, work: Work) -> Side | str:
     if not inputs[0].is_cuda:
         return "no backward pass on this device"
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -153,10 +165,14 @@ def _flex_window(inputs: list[Tensor], window: int) -> Side | str:
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v = inputs
-    return Side(lambda: compiled(q, k, v, block_mask=mask), inputs)  # pyright: ignore
+
+    def run() -> Tensor:
+        return compiled(q, k, v, block_mask=mask)  # pyright: ignore
+
+    return Side(run, inputs, work)
 
 
-def _flash_attn_window(inputs: list[Tensor], window: int) -> Side | str:
+def _flash_attn_window(inputs: list[Tensor], window: int, work: Work) -> Side | str:
     if importlib.util.find_spec("flash_attn") is None:
         return "not installed"
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
@@ -165,7 +181,7 @@ def _flash_attn_window(inputs: list[Tensor], window: int) -> Side | str:
         q, k, v = (t.transpose(1, 2) for t in inputs)
         return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
 
-    return Side(run, inputs)
+    return Side(run, inputs, work)
 
 
 def _native_sparse(inputs: list[Tensor]) -> Side | str:

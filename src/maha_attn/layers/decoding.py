@@ -3,7 +3,7 @@
 A scale does work only for the blocks that the new tokens complete. ``start`` and ``count`` of a row
 are in tokens of the scale at hand: what it had, and what the new tokens add. Both live on the
 device. On a GPU one new token goes through kernels (`maha_attn.ops.triton.decode`) where they serve
-the layer; everything else is composed here.
+the layer; everything else is composed here, as are longer chunks with any backend.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from maha_attn.layers.cache import (
 from maha_attn.layers.projection import is_plain
 from maha_attn.ops.backend import use_triton
 from maha_attn.ops.fusion import Fused
-from maha_attn.ops.pyramid import combine, dilated_convolution
+from maha_attn.ops.pyramid import combine, dilated_convolution, kernel_limit
 from maha_attn.ops.rotary import rotate
 
 if TYPE_CHECKING:
@@ -191,17 +191,26 @@ def _extend(
 
 
 def has_kernels(layer: "MultiscaleAttention", x: Tensor) -> bool:
-    """Whether kernels serve one new token: plain projections, a pyramid of ``conv`` or ``mean``."""
+    """Whether kernels serve one new token (`maha_attn.ops.backend.use_triton`)."""
+    spec, weight = layer.spec, layer.v_proj.weight
+    limit = _kernel_limit(layer, x)
+    return use_triton(spec.backend, x, weight, width=spec.head_dim, limit=limit)
+
+
+def _kernel_limit(layer: "MultiscaleAttention", x: Tensor) -> str | None:
+    """Why kernels cannot serve a step of this layer; None where they can."""
     spec, fusion = layer.spec, layer.fusion
-    if spec.gating or spec.dilation or spec.downsample not in ("conv", "mean"):
-        return False
+    if spec.gating or spec.dilation:
+        return "the decoding kernels have no gating and no dilation"
+    if spec.num_scales > 1 and (limit := kernel_limit(spec.downsample)):
+        return limit
     if torch.is_autocast_enabled(x.device.type):
-        return False
+        return "the decoding kernels don't run under autocast"
     modules = [layer.v_proj, *layer.q_proj, *layer.k_proj]
-    for module in modules if fusion is None else modules + fusion.projections:
-        if not is_plain(module) or module.weight.dtype != x.dtype:
-            return False
-    return use_triton(spec.backend, x, layer.v_proj.weight, width=spec.head_dim)
+    modules = modules if fusion is None else modules + fusion.projections
+    if all(is_plain(module) and module.weight.dtype == x.dtype for module in modules):
+        return None
+    return f"the decoding kernels need linear projections of {x.dtype}, without hooks or adapters"
 
 
 def _step(

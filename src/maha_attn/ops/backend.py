@@ -1,8 +1,11 @@
 """Choice between composed PyTorch operators and kernels.
 
 Kernels need a CUDA device of compute capability 8.0 or more, bf16, fp16 or fp32, and a head width
-that is a multiple of 8 and at most 256. What they cannot do, PyTorch does: said once for each
-reason where a GPU is idle for it, and not at all on a CPU, which nobody expects to run kernels.
+that is a multiple of 8 and at most 256; an operation may have limits of its own, which it names as
+``limit``. What they cannot do, PyTorch does, unless ``backend="triton"`` asks for them: said once
+for each reason where a GPU could have run a kernel, and not at all on a CPU, which nobody expects
+to. What has no kernel for any options (projections, gating, chunks that continue a cache) is
+PyTorch's whatever the backend.
 """
 
 import importlib.util
@@ -19,13 +22,19 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
-def use_triton(backend: str, *tensors: Tensor, width: int | None = None) -> bool:
+def use_triton(
+    backend: str, *tensors: Tensor, width: int | None = None, limit: str | None = None
+) -> bool:
     """Whether kernels serve these tensors.
 
     Args:
         backend: ``auto``, ``torch`` or ``triton``.
         tensors: All floating-point inputs of the operation.
         width: Head width, where the operation has one.
+        limit: Why the operation's kernel cannot serve its options; None where it can.
+
+    Warns:
+        UserWarning: ``auto`` falls back on a GPU, once for each reason.
 
     Raises:
         ValueError: ``backend`` has no such value, or is ``triton`` where kernels cannot run.
@@ -34,16 +43,22 @@ def use_triton(backend: str, *tensors: Tensor, width: int | None = None) -> bool
         return False
     if backend not in ("auto", "triton"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
-    reason = unsupported(*tensors, width=width)
+    reason = unsupported(*tensors, width=width) or limit
     if reason is None:
         # The interpreter stands in for a GPU only where it is asked for.
         return backend == "triton" or tensors[0].is_cuda
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
-    if tensors[0].is_cuda and reason not in _said:
-        _said.add(reason)
-        warnings.warn(f"attention runs on PyTorch operators, not kernels: {reason}", stacklevel=3)
+    if tensors[0].is_cuda:
+        _say(reason)
     return False
+
+
+@torch.compiler.assume_constant_result  # A compiler says it while it traces, and goes on.
+def _say(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"PyTorch operators run, not kernels: {reason}", stacklevel=4)
 
 
 def unsupported(*tensors: Tensor, width: int | None = None) -> str | None:

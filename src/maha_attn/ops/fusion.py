@@ -92,15 +92,14 @@ def fuse(
         gram_scale: ``γ ≥ 0`` of ``convex``, ``[H]``; None: 1.
         lengths: ``[B]`` real tokens of each row; used by ``options.per_sequence`` alone.
         certified: Return ``residual`` and ``status``; without, their time is saved.
-        backend: ``auto``, ``torch`` or ``triton``; the kernel serves ratios that are powers of 2
-            and weights per token.
+        backend: ``auto``, ``torch`` or ``triton`` (`maha_attn.ops.backend.use_triton`); the kernel
+            serves ratios that are powers of 2 and weights per token.
 
     Numerics: Gram matrices, problems and weights in fp32 at least, whatever the inputs. No scale is
     upsampled in full.
     """
     first, ratio, causal = outputs[0], options.ratio, options.causal
-    served = ratio & (ratio - 1) == 0 and not options.per_sequence
-    if served and use_triton(backend, *outputs, width=first.shape[-1]):
+    if use_triton(backend, *outputs, width=first.shape[-1], limit=_kernel_limit(options)):
         from maha_attn.ops.triton import fusion as kernels
 
         return kernels.fuse(
@@ -125,6 +124,13 @@ def fuse(
             scales, available, options, logits, target, gram_scale, shares, certified=certified
         )
     return fused._replace(output=fused.output.to(first.dtype))
+
+
+def _kernel_limit(options: FusionOptions) -> str | None:
+    """Why the fusion kernel cannot serve these options; None where it can."""
+    if options.ratio & (options.ratio - 1):
+        return f"fusion's kernel needs a ratio that is a power of 2, got {options.ratio}"
+    return "fusion's kernel has no granularity='sequence'" if options.per_sequence else None
 
 
 def fuse_stacked(

@@ -62,13 +62,13 @@ def build(
             for ``max`` and ``mean``.
         steps: Scales beyond the first, as far as the length allows.
         ratio, method, causal, lengths: As in `downsample`; ``lengths`` of the first scale.
-        backend: ``auto``, ``torch`` or ``triton``; ``conv`` and ``mean`` have a kernel, and all
-            steps of all streams are one operator.
+        backend: ``auto``, ``torch`` or ``triton`` (`maha_attn.ops.backend.use_triton`); ``conv``
+            and ``mean`` have a kernel, and all steps of all streams are one operator.
 
     Returns:
         Per stream ``[X_0, X_1, …]``.
     """
-    if method in ("conv", "mean") and use_triton(backend, *streams):
+    if steps and use_triton(backend, *streams, limit=kernel_limit(method)):
         from maha_attn.ops.triton import pyramid as kernels
 
         return kernels.build(
@@ -88,6 +88,12 @@ def build(
             ends = None if ends is None or causal else -(-ends // ratio)
         pyramids.append(scales)
     return pyramids
+
+
+def kernel_limit(method: str) -> str | None:
+    """Why the pyramid's kernel cannot serve ``method``; None where it can."""
+    served = method in ("conv", "mean")
+    return None if served else f"the pyramid's kernel has no downsample={method!r}"
 
 
 def downsample(

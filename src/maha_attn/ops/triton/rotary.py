@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maha_attn.ops.triton.memory import unit_last
+
 _ROWS = 64  # Of a tile: pairs of token and head.
 
 
@@ -57,7 +59,7 @@ def rotate_projection(x: Tensor, table: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("maha::rotate", mutates_args=())
 def _rotate(x: Tensor, table: Tensor) -> list[Tensor]:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_last(x)
     outputs = _empty_parts(x)
     for part, y in zip(x.unbind(2), outputs, strict=True):
         turn(part.transpose(1, 2), table, y, 1.0)
@@ -68,8 +70,7 @@ def _rotate(x: Tensor, table: Tensor) -> list[Tensor]:
 def _rotate_backward(grads: list[Tensor], table: Tensor) -> Tensor:
     dx = _empty_packed(grads)
     for grad, part in zip(grads, dx.unbind(2), strict=True):
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        turn(grad, table, part.transpose(1, 2), -1.0)
+        turn(unit_last(grad), table, part.transpose(1, 2), -1.0)
     return dx
 
 
