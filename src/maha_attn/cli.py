@@ -150,6 +150,11 @@ def train(arguments: list[str]) -> None:
         print(f"\n{metrics_table(summary['metrics'])}\n\nResults: {todo.folder / 'summary.json'}")
 
 
+def seeds(text: str) -> list[int]:
+    """``1,2,3``."""
+    return [int(seed) for seed in text.split(",")]
+
+
 def train_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What `maha train` takes beside the settings of a recipe, and those settings."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -157,7 +162,7 @@ def train_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     how.add_argument("--overwrite", action="store_true")
     how.add_argument("--resume", action="store_true")
     flags.add_argument("--variant", action="append", dest="variants")
-    flags.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    flags.add_argument("--seeds", type=seeds)
     flags.add_argument("--pretrained")
     return flags.parse_known_args(arguments)
 

@@ -44,6 +44,8 @@ def test_the_pretrained_model_takes_the_place_of_the_recipes(train: Train, tmp_p
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1"}
     assert config["causal"] is False
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "causal: false" in recipe
     tokenizer = (tmp_path / "run" / "model" / "tokenizer.json").read_text()
     assert tokenizer == Path("runs/mlm/model/tokenizer.json").read_text()
 
@@ -208,6 +210,17 @@ def test_a_pretrained_model_of_another_kind(train: Train, mistake: Mistake, tmp_
     assert "'runs/mlm' holds a model of type 'maha', whose weights have no place in a Maha" in line
 
 
+def test_a_causal_model_is_no_start_for_a_task_that_sees_all(
+    mistake: Mistake, tmp_path: Path
+) -> None:
+    shutil.copytree("runs/mlm/model", tmp_path / "causal")
+    config = tmp_path / "causal" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"causal": True}))
+    assert "is causal, and in this task every token sees all" in mistake(
+        "sst.yaml", "--pretrained", str(tmp_path / "causal")
+    )
+
+
 def test_a_pretrained_model_without_all_its_weights(mistake: Mistake, tmp_path: Path) -> None:
     shutil.copytree("runs/mlm/model", tmp_path / "part")
     weights = tmp_path / "part" / "model.safetensors"
@@ -258,7 +271,23 @@ def test_the_decoder_is_the_pretrained_ones(train: Train, tmp_path: Path) -> Non
         ("sst.yaml --data.validation=book.txt", "book.txt (data.validation) has no column 'label'"),
         ("sst.yaml --data.columns.label=text", "data.columns must name different columns"),
         ("sst.yaml --variant=gpu", "no variant 'gpu'; there are none"),
-        ("sst.yaml --seeds=a", "invalid"),
+        ("sst.yaml --seeds=1,a", "invalid seeds value: '1,a'"),
+        ("sst.yaml --seeds=1,2,1", "seeds must differ, got 1, 2, 1"),
+        ("sst.yaml --model.causal=true", "model.causal is false in every MahaForSequenceClassifi"),
+        ("sst.yaml --train.metric_for_best_model=acc", "must be one of accuracy, f1, loss, majo"),
+        ("sst.yaml --train.learning_rate=-1", "train.learning_rate must be at least 0, got -1"),
+        (
+            "sst.yaml --train.per_device_train_batch_size=0",
+            "train.per_device_train_batch_size must be at least 1, got 0",
+        ),
+        ("sst.yaml --lora.rank=2", "lora.rank adapts a pretrained model: give --pretrained"),
+        ("sst.yaml --lora.rank=0", "lora.rank must be at least 1, got 0"),
+        (
+            "sst.yaml --pretrained runs/mlm --lora.rank=2 --lora.targets=[nope]",
+            "No modules were targeted for adaptation",
+        ),
+        ("mlm.yaml --data.mask_probability=2", "data.mask_probability must lie between 0 and 1"),
+        ("mlm.yaml --generation.num_beams=0", "generation.num_beams must be at least 1, got 0"),
         ("mlm.yaml --data.mask_probability=x", "data.mask_probability"),
         ("ende.yaml --data.limit=0", "data.limit must be at least 1"),
     ],

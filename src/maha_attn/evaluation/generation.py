@@ -27,6 +27,17 @@ class GenerationSettings:
     num_beams: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        for name, low, high in (
+            *(("max_new_tokens", 1, None), ("num_beams", 1, None)),
+            *(("temperature", 0, None), ("top_p", 0, 1)),
+        ):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"generation.{name} must be {bounds}, got {value}")
+
     def arguments(self) -> dict[str, Any]:
         """What ``generate`` takes."""
         sampling = (

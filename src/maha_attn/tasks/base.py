@@ -28,6 +28,8 @@ class Task(ABC):
     model_class: ClassVar[type[PreTrainedModel]]
     data_class: ClassVar[type]
     evaluation_class: ClassVar[type]
+    causal: ClassVar[bool | None] = None
+    """Whether a token of its models sees earlier ones alone; None: the model knows."""
     usage: ClassVar[str] = ""
     """Python that uses a saved model which writes no text; ``{folder!r}`` is where it is."""
 
@@ -50,8 +52,14 @@ class Task(ABC):
             "generation": GenerationSettings,
         }
 
-    def configure(self, config: MahaConfig) -> None:  # noqa: B027 - not every task has something
+    def configure(self, config: MahaConfig) -> None:
         """Set what the task decides about the model, beside its vocabulary."""
+        if self.causal is not None:
+            config.causal = self.causal
+
+    def measures(self) -> set[str]:
+        """What is measured on the validation part beside the loss, while a model is trained."""
+        return set()
 
     @abstractmethod
     def describe(self) -> str:

@@ -19,6 +19,7 @@ class LanguageModeling(PackedDocuments):
     """Perplexity beside that of counting."""
 
     model_class = MahaForCausalLM
+    causal = True
     data_class = CorpusSettings
     evaluation_class = PerplexitySettings
     framed = False

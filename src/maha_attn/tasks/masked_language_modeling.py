@@ -26,11 +26,20 @@ class MaskedCorpusSettings(CorpusSettings):
 
     mask_probability: float = 0.15
 
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        super().__post_init__()
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(
+                f"data.mask_probability must lie between 0 and 1, got {self.mask_probability}"
+            )
+
 
 class MaskedLanguageModeling(PackedDocuments):
     """How well hidden tokens are predicted."""
 
     model_class = MahaForMaskedLM
+    causal = False
     data_class = MaskedCorpusSettings
     evaluation_class = MaskedSettings
     usage = (

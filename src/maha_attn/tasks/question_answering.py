@@ -8,7 +8,7 @@ from maha_attn.data.spans import SpanSettings, encode, load_spans
 from maha_attn.data.tokenizer import make_tokenizer
 from maha_attn.evaluation.answering import FOR_MODEL, window_answers, window_logits
 from maha_attn.evaluation.spans import Answer, SpanEvaluationSettings, span_scores
-from maha_attn.models import MahaConfig, MahaForQuestionAnswering
+from maha_attn.models import MahaForQuestionAnswering
 from maha_attn.tasks.base import Task, count
 from maha_attn.training.recipe import Recipe
 from maha_attn.training.train import Examples
@@ -18,6 +18,7 @@ class QuestionAnswering(Task):
     """Questions about passages, cut into windows; exact match and F1 of SQuAD 2.0."""
 
     model_class = MahaForQuestionAnswering
+    causal = False  # An answer's start is found by what follows it.
     data_class = SpanSettings
     evaluation_class = SpanEvaluationSettings
     usage = (
@@ -40,9 +41,9 @@ class QuestionAnswering(Task):
             name: encode(part, self.tokenizer, self.data) for name, part in self.parts.items()
         }
 
-    def configure(self, config: MahaConfig) -> None:
-        """An answer's start is found by what follows it."""
-        config.causal = False
+    def measures(self) -> set[str]:
+        """What two questions, one without an answer, are scored by."""
+        return set(span_scores([Answer("yes", 0.0), Answer("", 0.0)], [["yes"], []]))
 
     def describe(self) -> str:
         """Questions and windows."""

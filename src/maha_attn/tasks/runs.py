@@ -18,7 +18,9 @@ from maha_attn.training.distributed import is_main_process, main_process_first, 
 from maha_attn.training.model import (
     build_model,
     load_saved,
+    require_adaptable,
     require_backbone,
+    require_direction,
     require_same,
     require_vocabulary,
     saved_model,
@@ -95,6 +97,8 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
     task = find_task(raw)
     raw["pretrained"] = flags.pretrained or raw.get("pretrained")
     seeds = flags.seeds or raw.get("seeds")
+    if seeds and len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ, got {', '.join(map(str, seeds))}")
     pretrained = None
     if raw["pretrained"]:
         pretrained = saved_model(raw["pretrained"], task.model_class)
@@ -112,16 +116,35 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
     if pretrained is not None:
         require_same(first.model, pretrained)
         require_backbone(task.model_class, first.model, pretrained)
+        require_direction(task.causal, pretrained)
         data = replace(data, tokenizer=data.tokenizer or str(pretrained))
     if first.train.shard and first.lora.rank is not None:
         raise ValueError(
             "train.shard and lora.rank cannot be combined: adapters are small; leave train.shard "
             "out (every process holds the model), or train all weights without lora.rank"
         )
+    if first.lora.rank is not None:
+        require_adaptable(task.model_class, first.model, first.lora, pretrained)
+    chosen = (raw.get("model") or {}).get("causal", task.causal)
+    if any(override.startswith("--model.causal") for override in overrides):
+        chosen = first.model.causal
+    if task.causal not in (None, chosen):
+        raise ValueError(
+            f"model.causal is {str(task.causal).lower()} in every {task.model_class.__name__} of "
+            f"the task {raw['task']}; leave it out"
+        )
     made = main_process_first(lambda: task(replace(first, data=data)))
+    measures = {"loss", *made.measures()}
+    if (first.train.metric_for_best_model or "loss").removeprefix("eval_") not in measures:
+        raise ValueError(
+            f"train.metric_for_best_model must be one of {', '.join(sorted(measures))} in the task "
+            f"{raw['task']}, got {first.train.metric_for_best_model!r}"
+        )
     for recipe in recipes:
         set_vocabulary(recipe.model, made.tokenizer, pretrained)
         made.configure(recipe.model)
+        if task.causal is not None:
+            recipe.settings["model"]["causal"] = task.causal
     return Plan(task=made, recipes=recipes, pretrained=pretrained, folder=folder, flags=flags)
 
 

@@ -23,6 +23,7 @@ class SequenceClassification(Task):
     """Labelled texts; accuracy and F1."""
 
     model_class = MahaForSequenceClassification
+    causal = False
     data_class = LabelledSettings
     evaluation_class = ClassificationSettings
     usage = (
@@ -43,10 +44,14 @@ class SequenceClassification(Task):
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def configure(self, config: MahaConfig) -> None:
-        """Name the classes; a classifier sees the whole text."""
-        config.causal = False
+        """Name the classes."""
+        super().configure(config)
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: i for i, label in enumerate(self.labels)}
+
+    def measures(self) -> set[str]:
+        """What two texts of two classes are scored by."""
+        return set(classification_scores(np.eye(2), np.arange(2)))
 
     def describe(self) -> str:
         """Texts by part, and the classes."""

@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -105,6 +106,33 @@ def require_backbone(model_class: type[PreTrainedModel], config: MahaConfig, pat
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def require_direction(causal: bool | None, path: Path) -> None:
+    """Refuse a saved model that never saw a later token for a task in which all tokens see all.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if causal is False and getattr(AutoConfig.from_pretrained(path), "causal", False):
+        raise ValueError(
+            f"the pretrained model {path} is causal, and in this task every token sees all; start "
+            "from a masked language model (maha train recipes/mlm.yaml)"
+        )
+
+
+def require_adaptable(
+    model_class: type[PreTrainedModel], config: MahaConfig, lora: LoraSettings, path: Path | None
+) -> None:
+    """Refuse adapters of a new model, or of modules that a model does not have.
+
+    Raises:
+        ValueError: There is nothing to adapt.
+    """
+    if path is None:
+        raise ValueError("lora.rank adapts a pretrained model: give --pretrained, or leave it out")
+    with torch.device("meta"):
+        adapt(model_class(config), lora)
 
 
 def set_vocabulary(

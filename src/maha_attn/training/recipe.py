@@ -57,6 +57,16 @@ class TrainSettings(RunArguments):
     def __post_init__(self) -> None:
         """Check what types do not say."""
         super().__post_init__()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate < 0:
+            raise ValueError(f"train.learning_rate must be at least 0, got {self.learning_rate}")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                "train.early_stopping_patience must be at least 1, got "
+                f"{self.early_stopping_patience}"
+            )
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError(
                 "train.early_stopping_patience needs train.load_best_model_at_end: true, with "
@@ -80,6 +90,11 @@ class LoraSettings:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Check what types do not say."""
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
 
 
 @dataclass(frozen=True, kw_only=True)
