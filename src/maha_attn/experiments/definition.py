@@ -22,11 +22,19 @@ class Row:
         label: For people.
         attention: The attention of every layer, by its name among the baselines.
         settings: What differs beside.
+        printed: It is what the paper prints: its method as its equations have it, or the full
+            attention that it compares with.
     """
 
     label: str
     attention: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    printed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name of its attention among the baselines."""
+        return self.attention or self.settings.get("attention", "maha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,7 @@ class Part:
         columns: Metrics; the first one is that of ``claimed``.
         claimed: The paper's values of the first metric, by row, where they are known.
         seeds: At most so many of the budget's seeds.
+        reference: The row that the others' first metric is compared with, in a column of its own.
         groups: Rows that vary one thing, by its name: ``{row: value}``.
     """
 
@@ -95,6 +104,7 @@ class Part:
     columns: list[str] = field(default_factory=list)
     claimed: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
+    reference: str | None = None
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -107,12 +117,14 @@ class Case:
         than: The row compared with, for a difference or a reduction.
         condition: What the case assumes, as the end of "holds …".
         experiment: Where it is not the exhibit's first.
+        control: It is shown beside the claim and decides nothing.
     """
 
     row: str
     condition: str
     than: str | None = None
     experiment: str | None = None
+    control: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +143,7 @@ class Claim:
         at_least, at_most: The claim holds on this side of the number.
         cases: What it is tested on.
         percent: Write the measure in percent.
+        caveat: What a reader must weigh beside the verdict, one sentence.
     """
 
     text: str
@@ -144,6 +157,7 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
     percent: bool = False
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
@@ -245,6 +259,7 @@ def _exhibit(path: Path, known: Mapping[str, Experiment]) -> Exhibit:
     content |= {"parts": parts, "claims": claims}
     exhibit = _make(Exhibit, {"name": path.stem, **content}, path.name)
     named = [(part.experiment, row) for part in parts for row in part.rows]
+    named += [(part.experiment, part.reference) for part in parts if part.reference]
     for case in (case for claim in claims for case in claim.cases):
         experiment = case.experiment or parts[0].experiment
         named += [(experiment, row) for row in (case.row, case.than) if row is not None]

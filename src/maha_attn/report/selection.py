@@ -1,10 +1,13 @@
 """The results that an exhibit shows: of one budget, comparable, by row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
+from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part, experiments
 from maha_attn.experiments.results import RefusedError, Result, check_comparable, distinct
+
+SIZE_TOLERANCE = 0.02
+"""Rows of a table of equal parameters are so near to its reference."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class Selected:
         """Times can be compared."""
         return len(distinct(self.results, "device")) <= 1
 
+    @property
+    def commit(self) -> str:
+        """That of most results; times of other ones are marked."""
+        commits = [result["commit"] for result in self.results]
+        return max(commits, key=commits.count, default="")
+
+    def printed(self, row: str) -> str:
+        """Whether a row ran under the paper's conditions, as it prints the method: yes or no."""
+        conditions = self.conditions
+        assert conditions is not None
+        return "yes" if self.experiment.rows[row].printed and not conditions.differs else "no"
+
 
 def select(
     part: Part, experiment: Experiment, results: Iterable[Result], budget: str | None = None
@@ -66,6 +81,10 @@ def select(
         return Selected(part, experiment)
     try:
         check_comparable(wanted)
+        base = experiments()[experiment.pretrained or experiment.name]
+        if base.match_parameters:
+            _check_parameters(wanted, base.match_parameters)
+        _check_causal(wanted)
     except RefusedError as error:
         return Selected(part, experiment, budget, refused=str(error))
     rows = {
@@ -73,3 +92,24 @@ def select(
         for row in part.rows
     }
     return Selected(part, experiment, budget, {row: r for row, r in rows.items() if r})
+
+
+def _check_parameters(results: Sequence[Result], reference: str) -> None:
+    """Refuse a table whose rows are to have as many parameters as its reference and do not."""
+    known = [r for r in results if r["metrics"].get("parameters")]
+    wanted = next((r for r in known if r["row"] == reference), known[0] if known else None)
+    for result in known:
+        assert wanted is not None
+        have, want = (r["metrics"]["parameters"] for r in (result, wanted))
+        if abs(have / want - 1) > SIZE_TOLERANCE:
+            raise RefusedError(
+                f"rows of one table differ by more than {SIZE_TOLERANCE:.0%} in parameters: "
+                f"{have:,} in {result.path}; {want:,} in {wanted.path}"
+            )
+
+
+def _check_causal(results: Iterable[Result]) -> None:
+    """Refuse a trained language model that saw what it was to predict."""
+    for result in results:
+        if result["metrics"].get("causal") is False:
+            raise RefusedError(f"{result.path}: a prediction changes with a later token")
