@@ -54,6 +54,7 @@ CLAIM = {"text": "x", "source": "s", "measure": "value", "metric": "m", "cases":
         ({**EXPERIMENT, "budgets": {"tiny": {"seeds": [1]}}}, "budgets are smoke, small, paper"),
         ({**EXPERIMENT, "rows": {"a": {"lable": "A"}}}, "rows, a: lable unknown"),
         ({**EXPERIMENT, "match_parameters": "b"}, "match_parameters names no row: 'b'"),
+        ({**EXPERIMENT, "printed": ["b"]}, "printed names no row: b"),
         ([], "expected a mapping, got list"),
     ],
 )

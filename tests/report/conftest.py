@@ -58,6 +58,7 @@ def language_model(bits: float, **metrics: Any) -> dict[str, Any]:
         "documents": [
             {
                 **{"nll": rate * 1000 * math.log(2), "bytes": 1000, "tokens": 250, "words": 180},
+                "static_nll": (rate + 0.02) * 1000 * math.log(2),
                 "positions": [[rate * 10.0, 10], [rate * 20.0, 30]],
             }
             for rate in books

@@ -1,15 +1,18 @@
 """Intervals against closed forms, and what they leave out."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import linregress, ttest_1samp
 
 from maha_attn.experiments.definition import Claim
 from maha_attn.experiments.results import Result
-from maha_attn.report.uncertainty import estimate, half_width, slope
+from maha_attn.report.uncertainty import bleu, estimate, half_width, slope
 
 
 def result(seed: int = 1, **content: Any) -> Result:
@@ -74,6 +77,47 @@ def test_results_by_example_must_be_those_of_the_metric() -> None:
     found = estimate("difference", "forced_f1", rows, other)
     assert found is not None
     assert found.missing == ("questions",)
+
+
+def test_bleu_is_that_of_the_sums_and_sentences_are_a_sample() -> None:
+    generator = random.Random(0)
+    references = ["the cat sat on the mat by the door", "a dog runs over the wide green field"] * 30
+
+    def garbled(reference: str, chance: float) -> str:
+        return " ".join("x" if generator.random() < chance else w for w in reference.split())
+
+    rows, scorer = [], BLEU(effective_order=True)
+    for chance in (0.1, 0.2):
+        side = [garbled(reference, chance) for reference in references]
+        found = [scorer.sentence_score(t, [r]) for t, r in zip(side, references, strict=True)]
+        counts = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in found]
+        expected = BLEU().corpus_score(side, [references]).score
+        assert bleu(np.array(counts, float).sum(0)) == pytest.approx(expected)
+        rows.append([score(i, "bleu", expected, bleu_statistics=counts) for i in (1, 2)])
+    difference = estimate("difference", "bleu", *rows)
+    assert difference is not None
+    assert difference.missing == ()
+    first, second = (np.array(side[0]["bleu_statistics"], float) for side in rows)
+    left_out = [
+        bleu(first.sum(0) - a) - bleu(second.sum(0) - b) for a, b in zip(first, second, strict=True)
+    ]
+    jackknife = np.std(left_out) * math.sqrt(len(left_out) - 1)
+    assert difference.half == pytest.approx(half_width(float(jackknife), 59), rel=0.15)
+
+
+def test_books_are_a_sample_of_what_held_weights_lose() -> None:
+    lost = [0.01, 0.03] * 10
+    books = [
+        {"nll": 2e3 * math.log(2), "static_nll": (2 + x) * 1e3 * math.log(2), "bytes": 1000}
+        for x in lost
+    ]
+    metrics = {"bits_per_byte": 2.0, "static_bits_per_byte": 2.02}
+    row = [result(seed, metrics=metrics, documents=books) for seed in (1, 2)]
+    found = estimate("value", "static_cost", row)
+    assert found is not None
+    assert found.value == pytest.approx(0.02)
+    assert found.over == ("seeds", "books")
+    assert found.half == pytest.approx(half_width(0.01 / math.sqrt(20), 19), rel=0.08)
 
 
 def test_speeds_are_compared_at_one_commit_on_one_device() -> None:

@@ -22,14 +22,11 @@ class Row:
         label: For people.
         attention: The attention of every layer, by its name among the baselines.
         settings: What differs beside.
-        printed: It is what the paper prints: its method as its equations have it, or the full
-            attention that it compares with.
     """
 
     label: str
     attention: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    printed: bool = False
 
     @property
     def kind(self) -> str:
@@ -63,6 +60,8 @@ class Experiment:
         kind: What a run does: a name that `maha_attn.reproduce` knows.
         recipe: The base recipe, for kinds that train.
         settings: What differs from the recipe in every row.
+        printed: Rows that are what the paper prints: its method as its equations have it, and the
+            full attention that it compares with.
         pretrained: The experiment whose model of the same row and the first seed a run starts from.
         match_parameters: The row whose number of parameters all rows get, by the width of their
             feed-forward part.
@@ -77,6 +76,7 @@ class Experiment:
     rows: dict[str, Row]
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    printed: list[str] = field(default_factory=list)
     pretrained: str | None = None
     match_parameters: str | None = None
 
@@ -240,6 +240,8 @@ def _experiment(path: Path) -> Experiment:
                 for key, value in entries.items()
             }
     experiment = _make(Experiment, {"name": path.stem, **content}, path.name)
+    if unknown := set(experiment.printed) - experiment.rows.keys():
+        raise ValueError(f"{path.name}: printed names no row: {', '.join(sorted(unknown))}")
     if unknown := experiment.budgets.keys() - set(BUDGETS):
         raise ValueError(f"{path.name}: budgets are {', '.join(BUDGETS)}; got {unknown}")
     reference = experiment.match_parameters

@@ -167,7 +167,7 @@ def _weights(layers: list[dict[str, Any]]) -> go.Figure:
             },
         )
     figure.update_xaxes(title="layer", dtick=1, showgrid=False)
-    figure.update_yaxes(title="weight: mean, 5–95 % of tokens, heads")
+    figure.update_yaxes(title="weight")
     return figure.update_layout(height=340)
 
 

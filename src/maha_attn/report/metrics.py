@@ -54,7 +54,7 @@ METRICS = {
     "weight_moved_gain": Metric("weight that moves beyond its untrained value", 3),
     "least_moving_head": Metric("… of the stillest head", 3),
     "most_moving_head": Metric("… of the liveliest head", 3),
-    "static_cost": Metric("lost with weights held still", 4, unit="bits per byte"),
+    "static_cost": Metric("lost with weights held still", 4, unit="bits per byte", sample="books"),
     "attention_flops": Metric("attention, GFLOP", 2, 1e9, exact=True),
     "layer_flops": Metric("layer, GFLOP", 1, 1e9, exact=True),
     "executed_pairs": Metric("executed pairs, M", 2, 1e6, exact=True),

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from maha_attn.experiments.results import Result
-from maha_attn.experiments.statistics import RESAMPLES
 from maha_attn.report.metrics import Metric
 from maha_attn.report.selection import Selected
 from maha_attn.report.style import MUTED, Panel, colored, empty_figure
 from maha_attn.report.tables import Table
-from maha_attn.report.uncertainty import Estimate, combine
+from maha_attn.report.uncertainty import Estimate, combine, resamples
 from maha_attn.report.verdicts import signed
 
 REFERENCE = "full"
@@ -74,10 +73,9 @@ def _books_error(pairs: Sequence[tuple[Result, Result]], index: int) -> tuple[fl
     size = sides[0].shape[1]
     if size < 2:
         return None
-    drawn = np.random.default_rng(0).integers(size, size=(RESAMPLES, size))
     losses = []
     for side in sides:
-        sums = side[:, drawn].sum(2)  # [seeds, resamples, 2]
+        sums = resamples(size) @ side  # [seeds, resamples, 2]
         with np.errstate(invalid="ignore"):  # A resample may have no token in the bin.
             losses.append((sums[..., 0] / sums[..., 1]).mean(0))
     return float(np.nanstd(losses[0] - losses[1], ddof=1) / math.log(2)), size - 1

@@ -59,7 +59,7 @@ class Selected:
         """Whether a row ran under the paper's conditions, as it prints the method: yes or no."""
         conditions = self.conditions
         assert conditions is not None
-        return "yes" if self.experiment.rows[row].printed and not conditions.differs else "no"
+        return "yes" if row in self.experiment.printed and not conditions.differs else "no"
 
 
 def select(

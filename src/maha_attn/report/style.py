@@ -18,7 +18,7 @@ COLORS = {
 """A row has the same colour in every figure."""
 SCALES = ["#2456a6", "#2a8c82", "#c08a00", "#b3562b", "#a23b72", "#6b7280", "#98a1b0", "#3d4451"]
 MUTED = "#98a1b0"
-_SPARE = ["#6a51a3", "#7a8b2f", "#d0627c", "#4f93c0", "#8c6d46"]
+_SPARE = ["#6a51a3", "#7a8b2f", "#d0627c", "#4f93c0", "#8c6d46", "#1b998b", "#e07a1f", "#b08fd8"]
 HEIGHT = 380
 
 

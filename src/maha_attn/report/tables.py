@@ -66,7 +66,7 @@ def part_table(selected: Selected) -> Table | None:
         ]
         for column in others:
             seeds = len(_values(results, column))
-            few = seeds not in (0, len(values)) and not exact
+            few = 0 < seeds < len(results)
             cells.append(_cell(selected, results, column) + (f" ({seeds})" if few else ""))
         rows.append(cells)
     than = [] if part.reference is None else selected.experiment.rows[part.reference].label
@@ -149,17 +149,28 @@ def _notes(selected: Selected, rows: list[list[str]]) -> list[str]:
     if any(IN_PART in cell for cell in cells):
         notes.append(f"{IN_PART} The interval lacks a source of variance: {_lacking(selected)}.")
     if any(cell.endswith(")") for cell in cells):
-        notes.append("(n): over n seeds; speed is not recorded where runs share a device.")
+        notes.append("(n): over n seeds alone; speed is not recorded where runs share a device.")
     if any(metric(c).by_device for c in part.columns) and not selected.one_device:
         notes.append("Times are left out: the rows ran on different devices.")
     notes += [line for name in selected.rows if (line := _cannot(selected, name))]
-    checked = [n for n, rs in selected.rows.items() if all(r["metrics"].get("causal") for r in rs)]
-    if checked:
-        names = ", ".join(experiment.rows[name].label for name in checked)
-        notes.append(f"No prediction of the trained model changes with later tokens: {names}.")
+    notes += _causality(selected)
     if missing:
         notes.append(f"Not run yet: {'; '.join(missing)}.")
     return notes
+
+
+def _causality(selected: Selected) -> list[str]:
+    """Of which trained language models it was checked that they do not look ahead."""
+    checked: dict[bool, list[str]] = {True: [], False: []}
+    for name, results in selected.rows.items():
+        if value(results[0], "bits_per_byte") is not None:
+            label = selected.experiment.rows[name].label
+            checked[all(r["metrics"].get("causal") for r in results)].append(label)
+    words = {
+        True: "No prediction of the trained models changes with a later token",
+        False: "Not checked on these trained models that none changes with a later token",
+    }
+    return [f"{words[known]}: {', '.join(rows)}." for known, rows in checked.items() if rows]
 
 
 def _cannot(selected: Selected, name: str) -> str:

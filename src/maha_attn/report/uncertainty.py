@@ -13,11 +13,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from maha_attn.experiments.definition import Claim
 from maha_attn.experiments.results import Result
-from maha_attn.experiments.statistics import paired_books_error
+from maha_attn.experiments.statistics import RESAMPLES, paired_books_error
 from maha_attn.report.metrics import Metric, metric, value
 
 Pair = tuple[Result, Result]
@@ -58,8 +60,10 @@ def estimate(
     """
     known = metric(column)
     if than is None:
-        values = [v for result in row if (v := value(result, column)) is not None]
-        return combine(known, values, None) if values else None
+        having = [result for result in row if value(result, column) is not None]
+        values = [value(result, column) or 0.0 for result in having]
+        sample = _static_error(having) if column == "static_cost" and having else None
+        return combine(known, values, sample) if having else None
     pairs = _pairs(known, column, row, than)
     if not pairs:
         return None
@@ -96,10 +100,11 @@ def sample_error(column: str, pairs: Sequence[Pair]) -> tuple[float, int] | None
     Without results by example the error of an accuracy is that of two independent samples, which
     is not smaller than the paired one unless two rows err on different examples. None: unknown.
     """
-    if column == "bits_per_byte" and all("documents" in r.content for p in pairs for r in p):
+    if column == "bits_per_byte":
         sides = [[result["documents"] for result in side] for side in zip(*pairs, strict=True)]
-        error = paired_books_error(*sides)
-        return None if math.isnan(error) else (error, len(sides[0][0]) - 1)
+        return paired_books_error(*sides), len(sides[0][0]) - 1
+    if column == "bleu":
+        return _bleu_error(pairs)
     scores = [(_by_example(a, column), _by_example(b, column)) for a, b in pairs]
     found = [(a, b) for a, b in scores if a and b and len(a) == len(b)]
     if len(found) == len(pairs) and len({len(a) for a, _ in found}) == 1:
@@ -113,6 +118,42 @@ def sample_error(column: str, pairs: Sequence[Pair]) -> tuple[float, int] | None
         means = [statistics.fmean(value(r, column) or 0.0 for r in side) for side in sides]
         return math.sqrt(sum(p * (100 - p) for p in means) / size), size - 1
     return None
+
+
+def resamples(size: int) -> NDArray[np.float64]:
+    """How often each of ``size`` things is drawn, a row for each resample."""
+    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+    return drawn.astype(float)
+
+
+def bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BLEU (Papineni et al. 2002) of sums of ``[length, reference's, matches 1 … 4, n-grams]``."""
+    with np.errstate(divide="ignore"):
+        precision = np.log(sums[..., 2:6] / sums[..., 6:]).mean(-1)
+    return 100 * np.exp(precision + np.minimum(0, 1 - sums[..., 1] / sums[..., 0]))
+
+
+def _bleu_error(pairs: Sequence[Pair]) -> tuple[float, int] | None:
+    """Standard error over sentences of a difference in BLEU; None in files without their counts."""
+    if not all(result.content.get("bleu_statistics") for pair in pairs for result in pair):
+        return None
+    sides = [
+        np.array([r["bleu_statistics"] for r in side], float) for side in zip(*pairs, strict=True)
+    ]
+    if sides[0].shape != sides[1].shape:
+        return None
+    drawn = resamples(sides[0].shape[1])
+    first, second = (bleu(drawn @ side).mean(0) for side in sides)
+    return float(np.std(first - second, ddof=1)), sides[0].shape[1] - 1
+
+
+def _static_error(row: Sequence[Result]) -> tuple[float, int] | None:
+    """Standard error over books of what is lost with weights held at their means."""
+    own = [result["documents"] for result in row]
+    if not all("static_nll" in document for seed in own for document in seed):
+        return None
+    held = [[{**document, "nll": document["static_nll"]} for document in seed] for seed in own]
+    return paired_books_error(held, own), len(own[0]) - 1
 
 
 def combine(known: Metric, values: list[float], sample: tuple[float, int] | None) -> Estimate:
@@ -130,7 +171,7 @@ def combine(known: Metric, values: list[float], sample: tuple[float, int] | None
     if seeds > 1:
         error = statistics.stdev(values) / math.sqrt(seeds)
         halves["seeds"] = half_width(error, seeds - 1)
-    if sample is not None:
+    if sample is not None and not math.isnan(sample[0]):
         halves[known.sample] = half_width(*sample)
     sources = ["seeds"] + [known.sample] * bool(known.sample)
     missing = tuple(source for source in sources if source not in halves)
