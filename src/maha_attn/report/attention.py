@@ -62,9 +62,20 @@ def _matrix(tokens: list[str], scale: dict[str, Any]) -> dict[str, Any]:
     if len(matrix) <= HOVER:
         hover = "“%{customdata[0]}” attends to “%{customdata[1]}”: %{z:.3f}<extra></extra>"
         texts = [[[query, key] for key in keys] for query in queries]
-    bar = {"thickness": 10, "outlinewidth": 0, "title": {"text": "attention", "side": "right"}}
+    # The first queries see few keys and would take all the colour.
+    shares = sorted(share for row in matrix for share in row if share) or [1.0]
+    top = shares[int(0.99 * (len(shares) - 1))]
+    title = {"text": "attention (largest 1 % alike)", "side": "right"}
+    bar = {"thickness": 10, "outlinewidth": 0, "title": title}
     return {
-        **{"z": matrix, "zmin": 0, "customdata": texts, "hovertemplate": hover, "colorbar": bar},
+        **{
+            "z": matrix,
+            "zmin": 0,
+            "zmax": top,
+            "customdata": texts,
+            "hovertemplate": hover,
+            "colorbar": bar,
+        },
         "colorscale": [[0, "#f6f7f9"], [0.3, "#9db8dd"], [1, "#16366b"]],
     }
 

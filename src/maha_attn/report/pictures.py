@@ -55,7 +55,13 @@ def _draw(axes: Axes, panel: Panel, figure: Figure) -> None:
             continue
         if trace.type == "heatmap":
             colors = LinearSegmentedColormap.from_list("page", list(trace.colorscale))
-            options = {"cmap": colors, "vmin": 0, "aspect": "auto", "interpolation": "nearest"}
+            options = {
+                "cmap": colors,
+                "vmin": 0,
+                "vmax": trace.zmax,
+                "aspect": "auto",
+                "interpolation": "nearest",
+            }
             image = axes.imshow(trace.z, **options)
             figure.colorbar(image, ax=axes, label=trace.colorbar.title.text)
         else:

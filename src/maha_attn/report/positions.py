@@ -83,11 +83,12 @@ def _books_error(pairs: Sequence[tuple[Result, Result]], index: int) -> tuple[fl
 
 def by_position(selected: Sequence[Selected], options: dict[str, Any]) -> list[Panel]:
     """Loss against the number of tokens before the predicted one, and differences from full."""
-    losses, differences = empty_figure(), empty_figure()
+    losses, differences, farthest = empty_figure(), empty_figure(), 1
     for part, row, results, color in colored(selected):
         bins = position_bins(results, part.rows.get(REFERENCE))
         if not bins:
             continue
+        farthest = max(farthest, bins[-1].high)
         fixed = {
             "x": [math.sqrt(b.low * b.high) for b in bins],
             "customdata": [b.label for b in bins],
@@ -102,16 +103,18 @@ def by_position(selected: Sequence[Selected], options: dict[str, Any]) -> list[P
             halves = [e.half or 0.0 for e in found]
             bars = {"array": halves, "thickness": 1, "width": 3} if any(halves) else None
             differences.add_scatter(y=[e.value for e in found], error_y=bars, **fixed)
+    if not losses.data:
+        return []
     panels = [Panel("Loss by position in the context", losses)]
     if differences.data:
         differences.add_hline(y=0, line={"color": MUTED, "dash": "dash", "width": 1})
         panels.append(Panel("Difference from full attention (below 0: better)", differences))
     for panel in panels:
-        powers = [10**k for k in range(5)]
+        powers = [10**k for k in range(5) if 10**k <= farthest]
         ticks = {"tickvals": powers, "ticktext": [f"{power:,}" for power in powers]}
         panel.figure.update_xaxes(type="log", title="tokens before the predicted one", **ticks)
         panel.figure.update_yaxes(title="bits per token, held-out books")
-    return panels if losses.data else []
+    return panels
 
 
 def position_table(selected: Sequence[Selected]) -> Table | None:
