@@ -9,7 +9,7 @@ unit in the name where it has one), and what kinds of experiment add (curves, do
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,22 +108,6 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
         else:
             results.append(result)
     return results, refused
-
-
-def check_comparable(results: Sequence[Result]) -> None:
-    """Refuse rows of one table that differ in data, budget or device class.
-
-    Raises:
-        RefusedError: Naming what differs and in which files.
-    """
-    for name in ("data", "budget", "device_class"):
-        values: dict[str, Path] = {}
-        for result in results:
-            value = result[name]["fingerprint"] if name == "data" else result[name]
-            values.setdefault(value, result.path)
-        if len(values) > 1:
-            found = "; ".join(f"{value} in {path}" for value, path in values.items())
-            raise RefusedError(f"rows of one table differ in {name}: {found}")
 
 
 def distinct(results: Iterable[Result], name: str) -> list[str]:

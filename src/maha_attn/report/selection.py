@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from maha_attn.experiments.comparison import check_comparable
 from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
-from maha_attn.experiments.results import RefusedError, Result, check_comparable, distinct
+from maha_attn.experiments.results import RefusedError, Result, distinct
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def select(
     if budget is None or not wanted:
         return Selected(part, experiment)
     try:
-        check_comparable(wanted)
+        check_comparable(wanted, experiment)
     except RefusedError as error:
         return Selected(part, experiment, budget, refused=str(error))
     rows = {
