@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from maha_attn.experiments.comparison import check_comparable, differences, matter
-from maha_attn.experiments.definition import Budget, Experiment, Row
-from maha_attn.experiments.results import RefusedError, Result
+from maha_attn.experiments.definition import Budget, Experiment, Row, experiments
+from maha_attn.experiments.results import FOLDER, RefusedError, Result, read_results
 
 SETTINGS: dict[str, Any] = {
     "task": "language_modeling",
@@ -104,3 +104,12 @@ def test_differences_name_what_was_and_what_is() -> None:
     assert differences(before, matter(beams)) == []
     translation = [matter({**s, "task": "translation"}) for s in (SETTINGS, beams)]
     assert differences(*translation) == ["generation.num_beams was 1 and is 4"]
+
+
+def test_committed_results_stand_in_one_table_each() -> None:
+    folder = Path(__file__).parents[2] / FOLDER
+    results, refused = read_results(folder)
+    assert not refused
+    assert len(results) > 50
+    for name, experiment in experiments().items():
+        check_comparable([r for r in results if r["experiment"] == name], experiment)

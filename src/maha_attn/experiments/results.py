@@ -4,7 +4,9 @@
 
 It holds the provenance of a measurement (command, commit, date, device, versions, settings), which
 run it is (experiment, row, seed, budget), the data's fingerprint, ``metrics`` (numbers by name, the
-unit in the name where it has one), and what kinds of experiment add (curves, documents, …).
+unit in the name where it has one), and what kinds of experiment add: curves; documents, positions,
+fusion, attention of language models; scores by test example (``correct``, ``scores``,
+``bleu_statistics``) of tasks, and ``pretrained``, the run whose weights were fine-tuned.
 """
 
 import json
@@ -59,7 +61,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         with part.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
