@@ -49,7 +49,7 @@ CLAIM = {"text": "x", "source": "s", "measure": "value", "metric": "m", "cases":
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**EXPERIMENT, "row": {}}, "row unknown; expected budgets, kind"),
+        ({**EXPERIMENT, "row": {}}, "row unknown; expected budgets, explained, kind"),
         ({"title": "t"}, "kind, budgets, rows missing"),
         ({**EXPERIMENT, "budgets": {"tiny": {"seeds": [1]}}}, "budgets are smoke, small, paper"),
         ({**EXPERIMENT, "rows": {"a": {"lable": "A"}}}, "rows, a: lable unknown"),

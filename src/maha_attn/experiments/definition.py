@@ -51,9 +51,9 @@ class Budget:
     differs: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """Runs that can be compared.
+    """Runs that can be compared; equal to itself alone.
 
     Attributes:
         title: A line for people.
@@ -65,6 +65,7 @@ class Experiment:
         pretrained: The experiment whose model of the same row and the first seed a run starts from.
         match_parameters: The row whose number of parameters all rows get, by the width of their
             feed-forward part.
+        explained: Rows whose attention on a passage is kept, of the first seed: it is large.
         budgets: By name.
         rows: By name.
     """
@@ -79,6 +80,7 @@ class Experiment:
     printed: list[str] = field(default_factory=list)
     pretrained: str | None = None
     match_parameters: str | None = None
+    explained: list[str] = field(default_factory=list)
 
     def merged(self, row: str, budget: str) -> dict[str, Any]:
         """All that differs from the recipe: the experiment's, the budget's, then the row's."""
@@ -244,9 +246,11 @@ def _experiment(path: Path) -> Experiment:
         raise ValueError(f"{path.name}: printed names no row: {', '.join(sorted(unknown))}")
     if unknown := experiment.budgets.keys() - set(BUDGETS):
         raise ValueError(f"{path.name}: budgets are {', '.join(BUDGETS)}; got {unknown}")
-    reference = experiment.match_parameters
-    if reference is not None and reference not in experiment.rows:
-        raise ValueError(f"{path.name}: match_parameters names no row: {reference!r}")
+    matched, explained = experiment.match_parameters, experiment.explained
+    for option, names in (("match_parameters", [matched]), ("explained", explained)):
+        for name in names:
+            if name is not None and name not in experiment.rows:
+                raise ValueError(f"{path.name}: {option} names no row: {name!r}")
     return experiment
 
 

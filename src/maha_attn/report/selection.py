@@ -1,13 +1,11 @@
 """The results that an exhibit shows: of one budget, comparable, by row."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part, experiments
-from maha_attn.experiments.results import RefusedError, Result, check_comparable, distinct
-
-SIZE_TOLERANCE = 0.02
-"""Rows of a table of equal parameters are so near to its reference."""
+from maha_attn.experiments.comparison import check_comparable
+from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
+from maha_attn.experiments.results import RefusedError, Result, distinct
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,7 @@ def select(
     if budget is None or not wanted:
         return Selected(part, experiment)
     try:
-        check_comparable(wanted)
-        base = experiments()[experiment.pretrained or experiment.name]
-        if base.match_parameters:
-            _check_parameters(wanted, base.match_parameters)
+        check_comparable(wanted, experiment)
         _check_causal(wanted)
     except RefusedError as error:
         return Selected(part, experiment, budget, refused=str(error))
@@ -92,20 +87,6 @@ def select(
         for row in part.rows
     }
     return Selected(part, experiment, budget, {row: r for row, r in rows.items() if r})
-
-
-def _check_parameters(results: Sequence[Result], reference: str) -> None:
-    """Refuse a table whose rows are to have as many parameters as its reference and do not."""
-    known = [r for r in results if r["metrics"].get("parameters")]
-    wanted = next((r for r in known if r["row"] == reference), known[0] if known else None)
-    for result in known:
-        assert wanted is not None
-        have, want = (r["metrics"]["parameters"] for r in (result, wanted))
-        if abs(have / want - 1) > SIZE_TOLERANCE:
-            raise RefusedError(
-                f"rows of one table differ by more than {SIZE_TOLERANCE:.0%} in parameters: "
-                f"{have:,} in {result.path}; {want:,} in {wanted.path}"
-            )
 
 
 def _check_causal(results: Iterable[Result]) -> None:
