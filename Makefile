@@ -19,8 +19,8 @@ install: $(STAMP)  ## Make the virtual environment .venv
 demo: $(STAMP)  ## Train a small language model on two novels (a few minutes on two cores)
 	$(DEMO)
 
-report: $(STAMP)  ## Turn the committed results into a page and docs/results.md
-	$(BIN)/maha report --markdown docs/results.md
+report: $(STAMP)  ## Turn the committed results into results/paper/report.md, and report.html beside it
+	$(BIN)/maha report
 
 test: $(STAMP)  ## Run the tests, less the slow ones
 	$(PYTEST)

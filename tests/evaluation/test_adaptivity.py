@@ -18,7 +18,8 @@ def variation(length: int = 32, **options: Any) -> dict[str, Any] | None:
         **{"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "window": 4},
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_scales": 3, **options},
     )
-    return weight_variation(MahaForCausalLM(config), TOKENS, length, max_rows=9)
+    windows = TOKENS[: len(TOKENS) // length * length].reshape(-1, length)
+    return weight_variation(MahaForCausalLM(config), windows)
 
 
 def test_a_static_fusion_does_not_move() -> None:
@@ -50,7 +51,11 @@ def test_the_distribution_is_that_of_the_models_weights() -> None:
         np.testing.assert_allclose(layer["sd"], known.std(1, ddof=1), atol=1e-4)
         expected = np.quantile(known, QUANTILES, axis=1, method="nearest").transpose(1, 2, 0)
         np.testing.assert_allclose(layer["quantiles"], expected, atol=1e-4)
-        moved.append(np.abs(known - known.mean(1, keepdims=True)).sum(-1).mean() / 2)
+        apart = np.abs(known - known.mean(1, keepdims=True)).sum(-1).mean(1) / 2
+        total = known.sum(-1).mean(1)
+        assert (abs(total - 1) > 0.1).all()  # Nash's weights do not sum to 1.
+        moved.append(apart / total)
+    np.testing.assert_allclose(found["moved_by_head"], moved, atol=1e-4)
     assert found["moved"] == pytest.approx(np.mean(moved), abs=1e-5)
     assert found["moved"] > 0.01
 

@@ -9,7 +9,7 @@ import pytest
 
 from maha_attn.cli import main
 from maha_attn.data.tokenizer import load_tokenizer
-from maha_attn.evaluation.perplexity import token_nll
+from maha_attn.evaluation.perplexity import score_tokens
 from maha_attn.models import MahaForCausalLM
 
 pytest.importorskip("lm_eval", reason="needs the extra lm_eval")
@@ -61,7 +61,8 @@ def test_a_saved_model_on_a_local_task(place: Path) -> None:
     tokenizer = load_tokenizer(place / "run" / "model")
     end = tokenizer.eos_token_id
     nll = sum(
-        token_nll(model, np.array([end, *tokenizer.encode(text)]), 99).sum() for text in TEXTS
+        score_tokens(model, np.array([end, *tokenizer.encode(text)]), 99).nll.sum()
+        for text in TEXTS
     )
     words, num_bytes = sum(len(t.split()) for t in TEXTS), sum(len(t.encode()) for t in TEXTS)
     assert found["bits_per_byte,none"] == pytest.approx(nll / num_bytes / math.log(2), rel=1e-5)

@@ -13,8 +13,8 @@ from maha_attn.evaluation.perplexity import (
     TextUnits,
     count_units,
     perplexities,
+    score_tokens,
     scored_positions,
-    token_nll,
     windows,
 )
 
@@ -53,8 +53,15 @@ def test_nll_by_hand(stride: int | None, batch_size: int) -> None:
         for w in windows(23, 6, stride)
         for t in range(w.first, w.stop)
     ]
-    found = token_nll(Counter(), tokens, 6, stride, batch_size)  # pyright: ignore[reportArgumentType]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    found = score_tokens(Counter(), tokens, 6, stride, batch_size)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(found.nll, expected, rtol=1e-6)
+    likeliest = [
+        int(np.bincount(tokens[w.start : t], minlength=5).argmax()) == tokens[t]
+        for w in windows(23, 6, stride)
+        for t in range(w.first, w.stop)
+    ]
+    assert found.correct.tolist() == likeliest
+    assert 0 < found.correct.sum() < len(likeliest)
 
 
 def test_units_and_perplexities_by_hand() -> None:

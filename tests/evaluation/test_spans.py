@@ -15,6 +15,7 @@ from maha_attn.evaluation.spans import (
     exact,
     f1,
     find_answers,
+    forced_f1,
     normalise,
     span_scores,
 )
@@ -67,6 +68,14 @@ def test_scores_by_hand() -> None:
     kept = span_scores(answers, references, threshold=2.0)
     assert kept["has_answer_f1"] == pytest.approx(100 * (1 + 2 / 3) / 2)
     assert kept["has_answer_exact"] == 50
+
+
+def test_scores_of_the_questions_that_have_an_answer() -> None:
+    answers = [Answer("the cat sat", 9.0), Answer("mat", 9.0), Answer("dog", -9.0)]
+    references = [["cat sat"], [], ["a mat", "big dog"]]
+    scores = forced_f1(answers, references)
+    assert scores == pytest.approx([1, 2 / 3])
+    assert 100 * sum(scores) / 2 == pytest.approx(span_scores(answers, references)["forced_f1"])
 
 
 def test_parts_without_one_kind_of_question() -> None:

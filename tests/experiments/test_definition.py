@@ -49,11 +49,12 @@ CLAIM = {"text": "x", "source": "s", "measure": "value", "metric": "m", "cases":
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**EXPERIMENT, "row": {}}, "row unknown; expected budgets, kind"),
+        ({**EXPERIMENT, "row": {}}, "row unknown; expected budgets, explained, kind"),
         ({"title": "t"}, "kind, budgets, rows missing"),
         ({**EXPERIMENT, "budgets": {"tiny": {"seeds": [1]}}}, "budgets are smoke, small, paper"),
         ({**EXPERIMENT, "rows": {"a": {"lable": "A"}}}, "rows, a: lable unknown"),
         ({**EXPERIMENT, "match_parameters": "b"}, "match_parameters names no row: 'b'"),
+        ({**EXPERIMENT, "printed": ["b"]}, "printed names no row: b"),
         ([], "expected a mapping, got list"),
     ],
 )

@@ -9,8 +9,6 @@ import pytest
 from maha_attn.experiments.results import (
     PROVENANCE,
     RefusedError,
-    Result,
-    check_comparable,
     read_result,
     read_results,
     result_path,
@@ -86,14 +84,3 @@ def test_half_and_misplaced_files_are_refused(tmp_path: Path) -> None:
     assert "convex-seed9.json: holds books/small/convex, seed 0" in refused[0]
     assert "half.json: no JSON document" in refused[1]
     assert "l.json: expected an object, got list" in refused[2]
-
-
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [("data", {"fingerprint": "g"}), ("budget", "smoke"), ("device_class", "cpu")],
-)
-def test_rows_of_one_table_must_be_comparable(name: str, other: object) -> None:
-    first, second = Result(Path("a"), CONTENT), Result(Path("b"), {**CONTENT, name: other})
-    check_comparable([first, first])
-    with pytest.raises(RefusedError, match=f"rows of one table differ in {name}: .* in a; .* in b"):
-        check_comparable([first, second])

@@ -12,7 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("MAHA_NEEDS_CHROMIUM"),
+    reason="no chromium here: apt-get install chromium",
+)
+"""Skips a test where there is no browser; with MAHA_NEEDS_CHROMIUM set it fails there."""
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -98,7 +105,7 @@ class Browser:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A browser with a profile of its own, closed at the end."""
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "no chromium here: apt-get install chromium"
     commands, answers = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         shell = f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}'

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,27 @@ Add = Callable[..., Path]
 LENGTHS = [2**k for k in range(9, 17)]
 
 
+def write(
+    folder: Path, experiment: str, row: str, seed: int = 1, budget: str = "small", **content: Any
+) -> Path:
+    """Write a result of a row; its numbers can be given."""
+    path = result_path(folder, experiment, budget, row, seed)
+    document = {
+        **{"experiment": experiment, "row": row, "budget": budget, "seed": seed},
+        **{"label": row, "command": "maha reproduce x", "commit": "a" * 40},
+        **{"date": "2026-11-24T00:00:00+00:00", "device": "H100", "device_class": "gpu"},
+        **{"versions": {"torch": "2.13.0"}, "settings": {"s": 1}, "wall_s": 9.0},
+        **{"data": {"fingerprint": "f", "rows": {"test": 400}}, "metrics": {"x": 1}},
+        **content,
+    }
+    write_result(path, document)
+    return path
+
+
 @pytest.fixture
 def add(tmp_path: Path) -> Add:
-    """Write a result of a row; its numbers can be given."""
-
-    def write(
-        experiment: str, row: str, seed: int = 1, budget: str = "small", **content: Any
-    ) -> Path:
-        path = result_path(tmp_path, experiment, budget, row, seed)
-        document = {
-            **{"experiment": experiment, "row": row, "budget": budget, "seed": seed},
-            **{"label": row, "command": "maha reproduce x", "commit": "a" * 40},
-            **{"date": "2026-11-24T00:00:00+00:00", "device": "H100", "device_class": "gpu"},
-            **{"versions": {"torch": "2.13.0"}, "settings": {"s": 1}, "wall_s": 9.0},
-            **{"data": {"fingerprint": "f"}, "metrics": {"x": 1}},
-            **content,
-        }
-        write_result(path, document)
-        return path
-
-    return write
+    """Write a result under ``tmp_path``."""
+    return partial(write, tmp_path)
 
 
 def language_model(bits: float, **metrics: Any) -> dict[str, Any]:
@@ -49,15 +51,28 @@ def language_model(bits: float, **metrics: Any) -> dict[str, Any]:
         "metrics": {
             **{"bits_per_byte": bits, "perplexity": 2**bits, "word_perplexity": 4**bits},
             **{"bits_per_byte_error": 0.01, "tokens_per_s": 1e5, "peak_bytes": 2**30},
-            **{"parameters": 5e7, "final_loss": bits, **metrics},
+            **{"parameters": 5e7, "final_loss": bits, "perplexity_error": 0.5},
+            **{"token_accuracy": 30.0, "static_bits_per_byte": bits + 0.02, "causal": True},
+            **{"accuracy": 75.0, **metrics},
         },
         "documents": [
-            {"nll": rate * 1000 * math.log(2), "bytes": 1000, "tokens": 250, "words": 180}
+            {
+                **{"nll": rate * 1000 * math.log(2), "bytes": 1000, "tokens": 250, "words": 180},
+                "static_nll": (rate + 0.02) * 1000 * math.log(2),
+                "positions": [[rate * 10.0, 10], [rate * 20.0, 30]],
+            }
             for rate in books
         ],
-        "positions": [{"from": 1, "to": 2, "nll": 3.0}, {"from": 2, "to": 4, "nll": 2.0}],
+        "positions": [
+            {"from": 1, "to": 2, "nll": bits, "error": 0.1},
+            {"from": 2, "to": 4, "nll": bits * 2 / 3, "error": 0.1},
+        ],
+        "correct": "1" * 300 + "0" * 100,
         "curves": {"tokens": [1e6, 2e6, 3e6], "loss": [3.0, 2.5, 2.0]},
-        "fusion": {"moved": 0.1, "layers": layers},
+        "fusion": {
+            **{"moved": 0.3, "moved_untrained": 0.1, "layers": layers},
+            "moved_by_head": [[0.2, 0.4]] * 3,
+        },
         "attention": {
             "tokens": ["It", " was"],
             "layers": [{"layer": i, "scales": matrices} for i in range(3)],

@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from maha_attn.evaluation.causality import LeakError
 from maha_attn.experiments.definition import Budget, Experiment, Row
 from maha_attn.experiments.statistics import bits_per_byte
-from maha_attn.models import MahaConfig, MahaForCausalLM
+from maha_attn.layers.attention import MultiscaleAttention
+from maha_attn.reproduce.books import PASSAGE_TOKENS
 from maha_attn.reproduce.job import Clock, Job
-from maha_attn.reproduce.training import (
-    count_parameters,
-    judge_by_task,
-    matched_width,
-    prepare,
-    train_and_judge,
-)
+from maha_attn.reproduce.setup import prepare
+from maha_attn.reproduce.training import judge_by_task, train_and_judge
 
 TINY = {
     **{"model.intermediate_size": 64, "model.num_hidden_layers": 1, "model.window": 8},
@@ -30,6 +27,7 @@ TINY = {
 EXPERIMENT = Experiment(
     **{"name": "tiny", "title": "", "kind": "training", "recipe": "recipes/lm_books.yaml"},
     match_parameters="maha",
+    explained=["maha"],
     budgets={"smoke": Budget(seeds=[1], variants=["smoke"], settings=TINY)},
     rows={
         "maha": Row(label="MAHA"),
@@ -81,14 +79,32 @@ def _check_result(result: dict[str, Any], job: Job) -> None:
     metrics = result["metrics"]
     assert metrics["bits_per_byte"] == pytest.approx(bits_per_byte(result["documents"]))
     assert metrics["final_loss"] == result["curves"]["loss"][-1]
-    assert metrics["tokens_per_s"] > 0
+    assert metrics["tokens_per_s"] == 64 * metrics["sequences_per_s"] > 0
+    tokens = sum(document["tokens"] for document in result["documents"])
+    right = sum(document["correct"] for document in result["documents"])
+    assert metrics["token_accuracy"] == pytest.approx(100 * right / tokens)
+    assert metrics["causal"] is True
+    _check_fusion(result)
     assert metrics["peak_bytes"] is None  # on a CPU
     assert result["curves"]["tokens"] == [128 * step for step in range(1, 7)]
     assert metrics["bits_per_byte_error"] is None  # of one document there is none
     assert result["settings"]["train"]["seed"] == job.seed
     assert len(result["data"]["fingerprint"]) == 64
-    assert len(result["attention"]["layers"][0]["scales"]) == 4
     json.dumps(result, allow_nan=False)
+
+
+def _check_fusion(result: dict[str, Any]) -> None:
+    fusion, attention = result["fusion"], result["attention"]
+    assert len(fusion["moved_by_head"]) == 1  # layer
+    assert len(fusion["moved_by_head"][0]) == 2  # heads
+    assert 0 < fusion["moved_untrained"] < fusion["moved"] < 1
+    static = [{**d, "nll": d["static_nll"]} for d in result["documents"]]
+    assert result["metrics"]["static_bits_per_byte"] == pytest.approx(bits_per_byte(static))
+    assert result["metrics"]["static_bits_per_byte"] != result["metrics"]["bits_per_byte"]
+    assert len(attention["layers"][0]["scales"]) == 4
+    assert len(attention["tokens"]) == PASSAGE_TOKENS
+    assert attention["start"] > 1000  # Past the title and the contents.
+    assert not attention["tokens"][0].startswith("\n")
 
 
 def test_other_settings_start_anew(job: Job) -> None:
@@ -100,22 +116,16 @@ def test_other_settings_start_anew(job: Job) -> None:
     assert result["settings"]["model"]["ratio"] == 4
 
 
-def test_rows_have_equal_parameters(job: Job) -> None:
-    maha = prepare(job).recipe
-    sliding = prepare(replace(job, row="sliding")).recipe
-    assert maha.model.intermediate_size == 64
-    assert sliding.model.intermediate_size > 64
-    assert sliding.settings["model"]["intermediate_size"] == sliding.model.intermediate_size
-    counts = [count_parameters(recipe.model, MahaForCausalLM) for recipe in (maha, sliding)]
-    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+def test_a_model_that_looks_ahead_has_no_result(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = MultiscaleAttention.forward
 
+    def leaking(*arguments: Any, **options: Any) -> Any:
+        y = forward(*arguments, **options)
+        return y + y.roll(-1, 1) if isinstance(y, torch.Tensor) else y
 
-def test_parameters_that_cannot_be_matched() -> None:
-    config = MahaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(
-        ValueError, match=r"no feed-forward width gives 1,000 parameters within 2 %"
-    ):
-        matched_width(config, 1000, MahaForCausalLM)
+    monkeypatch.setattr(MultiscaleAttention, "forward", leaking)
+    with pytest.raises(LeakError, match="the model looks ahead"):
+        train_and_judge(job, Clock())
 
 
 def test_a_result_says_how_bleu_was_counted(job: Job) -> None:
@@ -125,3 +135,18 @@ def test_a_result_says_how_bleu_was_counted(job: Job) -> None:
     model: Any = SimpleNamespace(device=torch.device("cpu"))
     result = judge_by_task(task, model, prepare(job).recipe)
     assert result == {"metrics": {"bleu": 2.0}, "part": "test", "signatures": found}
+
+
+def test_runs_beside_others_have_no_speed(job: Job) -> None:
+    result = train_and_judge(replace(job, shares_device=True), Clock())
+    assert result is not None
+    assert result["metrics"]["sequences_per_s"] is result["metrics"]["tokens_per_s"] is None
+
+
+def test_attention_is_kept_where_it_is_asked_for(job: Job) -> None:
+    other = replace(job, experiment=replace(EXPERIMENT, explained=[]))
+    assert other.explains < job.explains
+    assert replace(job, seed=2).explains is False
+    result = train_and_judge(other, Clock())
+    assert result is not None
+    assert "attention" not in result

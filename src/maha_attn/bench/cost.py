@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    options = _parse(arguments)
+    options = parse(arguments)
     device = torch.device(options.device)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     command = " ".join(["maha bench cost", *(sys.argv[3:] if arguments is None else arguments)])
@@ -258,7 +258,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].strip()
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="maha bench cost",
         description=HELP,

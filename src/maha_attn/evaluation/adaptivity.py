@@ -14,11 +14,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.inference_mode()
 def weight_variation(
-    model: PreTrainedModel,
-    tokens: NDArray[np.int64],
-    length: int,
-    max_rows: int,
-    bf16: bool = False,
+    model: PreTrainedModel, windows: NDArray[np.int64], bf16: bool = False
 ) -> dict[str, Any] | None:
     """Distribution of the fusion weights ``w`` over the tokens of a text.
 
@@ -27,27 +23,24 @@ def weight_variation(
 
     Args:
         model: A causal language model.
-        tokens: The text.
-        length: Tokens in a window.
-        max_rows: Windows, at most.
+        windows: The text, rows of tokens ``[R, N]``.
         bf16: Run the model in bf16.
 
     Returns:
-        ``moved``: ``E[½ Σ_s |w_s - E w_s|]``, the share of the weight that is not where it is on
-        the average of its layer and head: 0 for a static fusion, at most 1.
+        ``moved_by_head``: ``E[½ Σ_s |w_s - E w_s|] / Σ_s E w_s`` a layer and head, the share of the
+        weight that is not where it is on the average: 0 for a static fusion, at most 1, also where
+        weights do not sum to 1 (Nash). ``moved``: its mean.
         ``layers``: for each layer its index ``layer``, ``strides``, and per head and scale the
         ``mean``, the standard deviation ``sd`` over tokens and the ``quantiles`` (of `QUANTILES`).
-        None where no layer has more than one scale, or the text is shorter than one block.
+        None where no layer has more than one scale, or windows are shorter than one block.
     """
     config = model.config
     assert isinstance(config, MahaConfig)
-    length = min(length, len(tokens))
     first = max(config.attention_spec(i).strides[-1] for i in range(config.num_hidden_layers))
-    rows = min(max_rows, len(tokens) // length)
-    if first >= length:
+    if first >= windows.shape[1]:
         return None
     collected: dict[int, list[torch.Tensor]] = {}
-    for row in tokens[: rows * length].reshape(rows, length):
+    for row in windows:
         inputs = torch.from_numpy(row)[None].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             output = model.eval()(input_ids=inputs, use_cache=False, output_fusion_weights=True)
@@ -60,7 +53,8 @@ def weight_variation(
     for layer, parts in collected.items():
         weights = torch.cat(parts, dim=1)
         mean = weights.mean(1, keepdim=True)
-        moved.append(float((weights - mean).abs().sum(-1).mean() / 2))
+        apart = (weights - mean).abs().sum(-1).mean(1) / 2
+        moved.append(apart / mean[:, 0].sum(-1).clamp(min=1e-9))
         levels = torch.tensor(QUANTILES, device=weights.device)
         layers.append(
             {
@@ -71,7 +65,8 @@ def weight_variation(
                 "quantiles": _rounded(_quantiles(weights, levels).permute(1, 2, 0)),
             }
         )
-    return {"moved": float(np.mean(moved)), "layers": layers}
+    by_head = torch.stack(moved)
+    return {"moved": by_head.mean().item(), "moved_by_head": _rounded(by_head), "layers": layers}
 
 
 def _quantiles(weights: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from maha_attn.data.tokenizer import token_bytes
 from maha_attn.evaluation.ngram import fit_ngrams
-from maha_attn.evaluation.perplexity import count_units, perplexities, scored_positions, token_nll
+from maha_attn.evaluation.perplexity import (
+    count_units,
+    perplexities,
+    score_tokens,
+    scored_positions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ def score_text(
     units = count_units(tokens, positions, token_bytes(tokenizer))
     ngrams = fit_ngrams(stream(train), len(tokenizer))
     nll = {
-        "maha": token_nll(model, tokens, length, settings.stride, settings.batch_size),
+        "maha": score_tokens(model, tokens, length, settings.stride, settings.batch_size).nll,
         "bigram": ngrams.bigram_nll(tokens, positions),
         "unigram": ngrams.unigram_nll(tokens, positions),
     }

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,22 +56,34 @@ def scored_positions(num_tokens: int, length: int, stride: int | None) -> NDArra
     return np.concatenate(spans) if spans else np.empty(0, np.int64)
 
 
+class TokenScores(NamedTuple):
+    """Of every scored token, in the order of :func:`scored_positions`.
+
+    Attributes:
+        nll: ``-log p``.
+        correct: Whether it was the likeliest.
+    """
+
+    nll: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+
 @torch.inference_mode()
-def token_nll(
+def score_tokens(
     model: PreTrainedModel,
     tokens: NDArray[np.int64],
     length: int,
     stride: int | None = None,
     batch_size: int = 8,
-) -> NDArray[np.float64]:
-    """``-log p`` of every scored token, in the order of :func:`scored_positions`.
+) -> TokenScores:
+    """How well every scored token is predicted.
 
     Short windows are padded at their end, where a causal model does not see it. The logits are
     taken to fp32 before the softmax.
     """
     model.eval()
     todo = list(windows(len(tokens), length, stride))
-    nll = []
+    nll, correct = [], []
     for i in tqdm(range(0, len(todo), batch_size), desc="Scoring tokens", delay=2):
         batch = todo[i : i + batch_size]
         longest = max(w.stop - w.start for w in batch)
@@ -80,9 +93,14 @@ def token_nll(
         inputs = torch.from_numpy(ids).to(model.device)
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
         losses = cross_entropy(logits.flatten(0, 1), inputs[:, 1:].flatten(), reduction="none")
-        for row, w in zip(losses.view(len(batch), -1).cpu().double(), batch, strict=True):
-            nll.append(row[w.first - 1 - w.start : w.stop - 1 - w.start].numpy())
-    return np.concatenate(nll)
+        right = (logits.argmax(-1) == inputs[:, 1:]).cpu().numpy()
+        for row, hits, w in zip(
+            losses.view(len(batch), -1).cpu().double().numpy(), right, batch, strict=True
+        ):
+            scored = slice(w.first - 1 - w.start, w.stop - 1 - w.start)
+            nll.append(row[scored])
+            correct.append(hits[scored])
+    return TokenScores(np.concatenate(nll), np.concatenate(correct))
 
 
 @dataclass(frozen=True, kw_only=True)

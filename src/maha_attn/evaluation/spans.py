@@ -146,6 +146,12 @@ def span_scores(
     return result
 
 
+def forced_f1(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[float]:
+    """F1 of each question that has an answer, whatever the margin, from 0 to 1."""
+    pairs = zip(answers, references, strict=True)
+    return [_best(f1, answer.text, texts) for answer, texts in pairs if texts]
+
+
 def _best_threshold(
     margins: NDArray[np.floating], raw: NDArray[np.floating], empty: NDArray[np.bool_]
 ) -> tuple[float, float]:

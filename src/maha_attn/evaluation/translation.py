@@ -30,3 +30,14 @@ def translation_scores(translations: Sequence[str], references: Sequence[str]) -
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
     }
+
+
+def bleu_statistics(translations: Sequence[str], references: Sequence[str]) -> list[list[int]]:
+    """What corpus BLEU sums up, of each sentence; a resample of sentences has that of its sums.
+
+    Returns:
+        For each ``[length, reference's length, matching n-grams …, n-grams …]``, n from 1 to 4.
+    """
+    bleu = BLEU(effective_order=True)  # Of a sentence alone; the counts are the same.
+    scores = (bleu.sentence_score(t, [r]) for t, r in zip(translations, references, strict=True))
+    return [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]

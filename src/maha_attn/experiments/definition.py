@@ -28,6 +28,11 @@ class Row:
     attention: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """The name of its attention among the baselines."""
+        return self.attention or self.settings.get("attention", "maha")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -46,18 +51,21 @@ class Budget:
     differs: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """Runs that can be compared.
+    """Runs that can be compared; equal to itself alone.
 
     Attributes:
         title: A line for people.
         kind: What a run does: a name that `maha_attn.reproduce` knows.
         recipe: The base recipe, for kinds that train.
         settings: What differs from the recipe in every row.
+        printed: Rows that are what the paper prints: its method as its equations have it, and the
+            full attention that it compares with.
         pretrained: The experiment whose model of the same row and the first seed a run starts from.
         match_parameters: The row whose number of parameters all rows get, by the width of their
             feed-forward part.
+        explained: Rows whose attention on a passage is kept, of the first seed: it is large.
         budgets: By name.
         rows: By name.
     """
@@ -69,8 +77,10 @@ class Experiment:
     rows: dict[str, Row]
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    printed: list[str] = field(default_factory=list)
     pretrained: str | None = None
     match_parameters: str | None = None
+    explained: list[str] = field(default_factory=list)
 
     def merged(self, row: str, budget: str) -> dict[str, Any]:
         """All that differs from the recipe: the experiment's, the budget's, then the row's."""
@@ -87,6 +97,7 @@ class Part:
         columns: Metrics; the first one is that of ``claimed``.
         claimed: The paper's values of the first metric, by row, where they are known.
         seeds: At most so many of the budget's seeds.
+        reference: The row that the others' first metric is compared with, in a column of its own.
         groups: Rows that vary one thing, by its name: ``{row: value}``.
     """
 
@@ -95,6 +106,7 @@ class Part:
     columns: list[str] = field(default_factory=list)
     claimed: dict[str, float] = field(default_factory=dict)
     seeds: int | None = None
+    reference: str | None = None
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -107,12 +119,14 @@ class Case:
         than: The row compared with, for a difference or a reduction.
         condition: What the case assumes, as the end of "holds …".
         experiment: Where it is not the exhibit's first.
+        control: It is shown beside the claim and decides nothing.
     """
 
     row: str
     condition: str
     than: str | None = None
     experiment: str | None = None
+    control: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +145,7 @@ class Claim:
         at_least, at_most: The claim holds on this side of the number.
         cases: What it is tested on.
         percent: Write the measure in percent.
+        caveat: What a reader must weigh beside the verdict, one sentence.
     """
 
     text: str
@@ -144,6 +159,7 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
     percent: bool = False
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
@@ -226,11 +242,15 @@ def _experiment(path: Path) -> Experiment:
                 for key, value in entries.items()
             }
     experiment = _make(Experiment, {"name": path.stem, **content}, path.name)
+    if unknown := set(experiment.printed) - experiment.rows.keys():
+        raise ValueError(f"{path.name}: printed names no row: {', '.join(sorted(unknown))}")
     if unknown := experiment.budgets.keys() - set(BUDGETS):
         raise ValueError(f"{path.name}: budgets are {', '.join(BUDGETS)}; got {unknown}")
-    reference = experiment.match_parameters
-    if reference is not None and reference not in experiment.rows:
-        raise ValueError(f"{path.name}: match_parameters names no row: {reference!r}")
+    matched, explained = experiment.match_parameters, experiment.explained
+    for option, names in (("match_parameters", [matched]), ("explained", explained)):
+        for name in names:
+            if name is not None and name not in experiment.rows:
+                raise ValueError(f"{path.name}: {option} names no row: {name!r}")
     return experiment
 
 
@@ -245,6 +265,7 @@ def _exhibit(path: Path, known: Mapping[str, Experiment]) -> Exhibit:
     content |= {"parts": parts, "claims": claims}
     exhibit = _make(Exhibit, {"name": path.stem, **content}, path.name)
     named = [(part.experiment, row) for part in parts for row in part.rows]
+    named += [(part.experiment, part.reference) for part in parts if part.reference]
     for case in (case for claim in claims for case in claim.cases):
         experiment = case.experiment or parts[0].experiment
         named += [(experiment, row) for row in (case.row, case.than) if row is not None]

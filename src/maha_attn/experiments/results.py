@@ -4,12 +4,14 @@
 
 It holds the provenance of a measurement (command, commit, date, device, versions, settings), which
 run it is (experiment, row, seed, budget), the data's fingerprint, ``metrics`` (numbers by name, the
-unit in the name where it has one), and what kinds of experiment add (curves, documents, …).
+unit in the name where it has one), and what kinds of experiment add: curves; documents, positions,
+fusion, attention of language models; scores by test example (``correct``, ``scores``,
+``bleu_statistics``) of tasks, and ``pretrained``, the run whose weights were fine-tuned.
 """
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         with part.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
@@ -108,22 +110,6 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
         else:
             results.append(result)
     return results, refused
-
-
-def check_comparable(results: Sequence[Result]) -> None:
-    """Refuse rows of one table that differ in data, budget or device class.
-
-    Raises:
-        RefusedError: Naming what differs and in which files.
-    """
-    for name in ("data", "budget", "device_class"):
-        values: dict[str, Path] = {}
-        for result in results:
-            value = result[name]["fingerprint"] if name == "data" else result[name]
-            values.setdefault(value, result.path)
-        if len(values) > 1:
-            found = "; ".join(f"{value} in {path}" for value, path in values.items())
-            raise RefusedError(f"rows of one table differ in {name}: {found}")
 
 
 def distinct(results: Iterable[Result], name: str) -> list[str]:

@@ -35,19 +35,16 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def paired_difference(
+def paired_books_error(
     first: Sequence[Sequence[Document]], second: Sequence[Sequence[Document]]
-) -> tuple[float, float]:
-    """Difference in bits per byte of two rows over the same seeds and documents.
+) -> float:
+    """Standard error, over books, of a difference in bits per byte of two rows.
 
-    The same resample of books is taken for both sides, so what makes a book hard cancels; to that
-    variance the one of the mean over seeds is added.
+    The same resample of books is taken for both sides and all seeds, so what makes a book hard
+    cancels. NaN for a single document.
 
     Args:
         first, second: Documents of every seed.
-
-    Returns:
-        ``first - second`` and its standard error (NaN for a single document).
     """
 
     def difference(indices: Sequence[int]) -> float:
@@ -57,8 +54,4 @@ def paired_difference(
         ]
         return sides[0] - sides[1]
 
-    size = len(first[0])
-    books = bootstrap_error(difference, size)
-    by_seed = [bits_per_byte(a) - bits_per_byte(b) for a, b in zip(first, second, strict=True)]
-    seeds = statistics.variance(by_seed) / len(by_seed) if len(by_seed) > 1 else 0.0
-    return difference(range(size)), math.sqrt(books**2 + seeds)
+    return bootstrap_error(difference, len(first[0]))

@@ -113,4 +113,5 @@ def _keep(inputs: dict[int, Tensor], index: int) -> Callable[..., None]:
 
 
 def _rounded(matrix: Tensor) -> list[list[float]]:
-    return [[round(value, 4) for value in row] for row in matrix.tolist()]
+    """Three decimals, and a short 0: most of a matrix is."""
+    return [[round(value, 3) or 0 for value in row] for row in matrix.tolist()]

@@ -10,8 +10,9 @@ from maha_attn.report.page import Report, html, make_report, markdown
 
 HELP = """\
 Turn the result files of `maha reproduce` into one page with tables and figures, which needs no
-network, and into Markdown tables. Nothing is run. Files that do not say how they came about are
-refused, and so are tables whose rows are not comparable; the page says which and why.
+network, and into Markdown with pictures in a folder beside it. Nothing is run. Files that do not
+say how they came about are refused, and so are tables whose rows are not comparable; the page says
+which and why.
 """
 
 
@@ -47,15 +48,12 @@ def write_report(
 ) -> tuple[Report, list[Path]]:
     """Write the page and the Markdown; returns what they show and where they are."""
     report = make_report(results, budget)
-    written = []
-    for path, text in (
-        (page or results / "report.html", html(report)),
-        (tables or results / "report.md", markdown(report)),
-    ):
+    page, tables = page or results / "report.html", tables or results / "report.md"
+    for path in (page, tables):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return report, written
+    page.write_text(html(report), encoding="utf-8")
+    tables.write_text(markdown(report, tables.with_suffix("")), encoding="utf-8")
+    return report, [page, tables]
 
 
 def summary(report: Report, written: list[Path], exhibits: Collection[str] | None = None) -> str:

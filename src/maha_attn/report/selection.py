@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from maha_attn.experiments.comparison import check_comparable
 from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
-from maha_attn.experiments.results import RefusedError, Result, check_comparable, distinct
+from maha_attn.experiments.results import RefusedError, Result, distinct
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class Selected:
         """Times can be compared."""
         return len(distinct(self.results, "device")) <= 1
 
+    @property
+    def commit(self) -> str:
+        """That of most results; times of other ones are marked."""
+        commits = [result["commit"] for result in self.results]
+        return max(commits, key=commits.count, default="")
+
+    def printed(self, row: str) -> str:
+        """Whether a row ran under the paper's conditions, as it prints the method: yes or no."""
+        conditions = self.conditions
+        assert conditions is not None
+        return "yes" if row in self.experiment.printed and not conditions.differs else "no"
+
 
 def select(
     part: Part, experiment: Experiment, results: Iterable[Result], budget: str | None = None
@@ -65,7 +78,8 @@ def select(
     if budget is None or not wanted:
         return Selected(part, experiment)
     try:
-        check_comparable(wanted)
+        check_comparable(wanted, experiment)
+        _check_causal(wanted)
     except RefusedError as error:
         return Selected(part, experiment, budget, refused=str(error))
     rows = {
@@ -73,3 +87,10 @@ def select(
         for row in part.rows
     }
     return Selected(part, experiment, budget, {row: r for row, r in rows.items() if r})
+
+
+def _check_causal(results: Iterable[Result]) -> None:
+    """Refuse a trained language model that saw what it was to predict."""
+    for result in results:
+        if result["metrics"].get("causal") is False:
+            raise RefusedError(f"{result.path}: a prediction changes with a later token")

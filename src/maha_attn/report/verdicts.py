@@ -1,21 +1,52 @@
 """A claim against what was measured: one verdict and one sentence."""
 
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from maha_attn.experiments.definition import Case, Claim
-from maha_attn.experiments.results import Result
-from maha_attn.experiments.statistics import paired_difference
-from maha_attn.report.metrics import metric, value
+from maha_attn.report.metrics import Metric, metric
 from maha_attn.report.selection import Selected
+from maha_attn.report.uncertainty import Estimate, estimate, slope
 
-Status = Literal["holds", "holds under a condition", "does not hold", "undecided", "not measured"]
+Status = Literal[
+    "holds",
+    "holds under a condition",
+    "does not hold",
+    "undecided",
+    "not fully measured",
+    "not measured",
+]
 STATUSES: tuple[Status, ...] = get_args(Status)
-ERRORS = 2
-"""So many standard errors decide."""
+Outcome = Literal["holds", "fails", "open", "one seed", "control", "missing"]
+OUTCOMES: dict[Outcome, str] = {
+    "holds": "holds",
+    "fails": "does not hold",
+    "open": "undecided",
+    "one seed": "one seed:",
+    "control": "beside it:",
+    "missing": "not measured:",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A case of a claim and what was measured for it.
+
+    Attributes:
+        case: The case.
+        outcome: ``open``: its 95 % interval holds the claim's bound, or a source of variance is
+            unknown; ``one seed``: training was not repeated, so nothing is decided.
+        text: The measure with its interval.
+        seeds: How many; "–" for what is counted.
+        conditions: The paper's own, yes or no.
+    """
+
+    case: Case
+    outcome: Outcome
+    text: str = ""
+    seeds: str = "–"
+    conditions: str = "–"
 
 
 @dataclass(frozen=True)
@@ -25,74 +56,61 @@ class Verdict:
     Attributes:
         claim: The claim.
         exhibit: The name of the exhibit that decides it.
-        status: ``undecided`` where every case is within its error.
+        status: ``holds`` in every case; ``holds under a condition``: it does in some and does not
+            in others; ``not fully measured`` while a case is missing or has one seed.
         sentence: What was found, case by case.
-        measured: Of the first case that was measured, as text; likewise the next two.
-        seeds: How many.
-        spread: Standard error of the measure.
-        conditions: How the conditions differ from the paper's; empty: they do not.
+        findings: The cases.
     """
 
     claim: Claim
     exhibit: str
     status: Status
     sentence: str
-    measured: str = "–"
-    seeds: str = "–"
-    spread: str = "–"
-    conditions: str = "–"
+    findings: list[Finding] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class _Finding:
-    case: Case
-    measured: float
-    error: float
-    seeds: int
-    exact: bool
-    conditions: str
+    @property
+    def first(self) -> Finding | None:
+        """The first case that was measured and counts."""
+        return next((f for f in self.findings if f.outcome not in ("missing", "control")), None)
 
 
 def judge(claim: Claim, selected: Sequence[Selected], exhibit: str) -> Verdict:
     """Compare a claim with the results of its exhibit."""
-    findings = [finding for case in claim.cases if (finding := _measure(claim, case, selected))]
-    if not findings:
+    found = [_find(claim, case, selected) for case in claim.cases]
+    findings = [f for f in found if f.outcome != "missing" or not f.case.control]
+    outcomes = {f.outcome for f in findings if not f.case.control}
+    if outcomes == {"missing"}:
         smoke = any(part.rows and not part.counts for part in selected)
         why = "only a smoke test was run." if smoke else "no run of it is in the results."
-        return Verdict(claim, exhibit, "not measured", f"Not measured: {why}")
-    outcomes = {"holds": [], "open": [], "fails": []}
-    for finding in findings:
-        outcomes[_outcome(claim, finding)].append(finding)
-    if len(outcomes["holds"]) == len(findings):
-        status = "holds"
-    elif outcomes["holds"]:
+        return Verdict(claim, exhibit, "not measured", f"Not measured: {why}", findings)
+    if outcomes & {"missing", "one seed"}:
+        status = "not fully measured"
+    elif {"holds", "fails"} <= outcomes:
         status = "holds under a condition"
+    elif "fails" in outcomes:
+        status = "does not hold"
     else:
-        status = "does not hold" if outcomes["fails"] else "undecided"
-    words = {"holds": "Holds", "open": "Within the error", "fails": "Does not hold"}
-    sentences = [
-        f"{words[name]} {'; '.join(_describe(claim, f) for f in found)}."
-        for name, found in outcomes.items()
-        if found
-    ]
-    missing = [case.condition for case in claim.cases if case not in [f.case for f in findings]]
-    if missing:
-        sentences.append(f"Not measured {'; '.join(missing)}.")
-    first = findings[0]
-    return Verdict(
-        claim,
-        exhibit,
-        status,
-        " ".join(sentences),
-        _text(claim, first.measured),
-        "–" if first.exact else str(first.seeds),
-        "exact" if first.exact else _error_text(claim, first.error),
-        first.conditions,
-    )
+        status = "undecided" if "open" in outcomes else "holds"
+    return Verdict(claim, exhibit, status, _sentence(findings), findings)
 
 
-def _measure(claim: Claim, case: Case, selected: Sequence[Selected]) -> _Finding | None:
-    """The claim's measure for one case; None where a row was not run for real."""
+def _sentence(findings: Sequence[Finding]) -> str:
+    """Cases by outcome, as in ``Holds with windows (91.7 % less). Not measured: with a gate.``."""
+    sentences = []
+    for outcome, word in OUTCOMES.items():
+        cases = [
+            f"{f.case.condition} ({f.text})" if f.text else f.case.condition
+            for f in findings
+            if f.outcome == outcome
+        ]
+        if cases:
+            sentences.append(f"{word.capitalize()} {'; '.join(cases)}.")
+    return " ".join(sentences)
+
+
+def _find(claim: Claim, case: Case, selected: Sequence[Selected]) -> Finding:
+    """The claim's measure for one case; ``missing`` where a row was not run for real."""
+    column = f"{claim.metric}@{claim.at}" if claim.at else claim.metric
     for part in selected:
         if case.experiment not in (None, part.experiment.name) or not part.counts:
             continue
@@ -100,108 +118,52 @@ def _measure(claim: Claim, case: Case, selected: Sequence[Selected]) -> _Finding
         than = part.rows.get(case.than) if case.than else None
         if not row or (case.than and not than):
             continue
-        column = f"{claim.metric}@{claim.at}" if claim.at else claim.metric
-        if metric(column).by_device and not part.one_device:
-            continue
-        conditions = part.conditions
-        assert conditions is not None
-        slope = claim.measure == "slope"
-        found = _slope(claim, row) if slope else _compare(claim, column, row, than)
+        if claim.measure == "slope":
+            found = slope(claim, row)
+        else:
+            found = estimate(claim.measure, column, row, than)
         if found is not None:
-            seeds = min(len(row), len(than or row))
-            exact = part.experiment.kind == "flops"
-            return _Finding(case, *found, seeds, exact, conditions.differs)
-    return None
+            text = describe(claim.measure, claim.metric, found, claim.percent)
+            seeds = "–" if metric(column).exact else str(found.seeds)
+            outcome = "control" if case.control else _outcome(claim, found)
+            return Finding(case, outcome, text, seeds, part.printed(case.row))
+    return Finding(case, "missing")
 
 
-def _compare(
-    claim: Claim, column: str, row: list[Result], than: list[Result] | None
-) -> tuple[float, float] | None:
-    """A value, a difference or a reduction, and its standard error."""
-    first = _mean(row, column)
-    if first is None:
-        return None
-    if than is None:
-        return first
-    second = _mean(than, column)
-    if second is None:
-        return None
-    if claim.measure == "reduction":
-        quotient = first[0] / second[0]
-        relative = math.hypot(first[1] / first[0], second[1] / second[0])
-        return 1 - quotient, abs(quotient) * relative
-    if column == "bits_per_byte":
-        pairs = [(a, b) for a in row for b in than if a["seed"] == b["seed"]]
-        if pairs:
-            return paired_difference(
-                [a["documents"] for a, _ in pairs], [b["documents"] for _, b in pairs]
-            )
-    return first[0] - second[0], math.hypot(first[1], second[1])
-
-
-def _mean(results: list[Result], column: str) -> tuple[float, float] | None:
-    """Mean over seeds and its standard error."""
-    values = [v for result in results if (v := value(result, column)) is not None]
-    if not values:
-        return None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
-
-
-def _slope(claim: Claim, row: list[Result]) -> tuple[float, float] | None:
-    """Least squares of ``log value`` against ``log length`` over the lengths in between."""
-    curves = row[0]["curves"]
-    low, high = claim.between or (0, math.inf)
-    points = [
-        (math.log(n), math.log(v))
-        for n, v in zip(curves["length"], curves.get(claim.metric, []), strict=False)
-        if low <= n <= high and v is not None
-    ]
-    if len(points) < 2:
-        return None
-    return statistics.linear_regression(*zip(*points, strict=True)).slope, 0.0
-
-
-def _outcome(claim: Claim, finding: _Finding) -> str:
-    """Whether a case holds, fails, or is within its error."""
+def _outcome(claim: Claim, found: Estimate) -> Outcome:
+    if "seeds" in found.missing:
+        return "one seed"
     if claim.at_least is not None:
-        margin = finding.measured - claim.at_least
+        margin = found.value - claim.at_least
     else:
         assert claim.at_most is not None
-        margin = claim.at_most - finding.measured
-    if not math.isnan(finding.error) and abs(margin) < ERRORS * finding.error:
+        margin = claim.at_most - found.value
+    if found.missing or found.half is None or abs(margin) < found.half:
         return "open"
     return "holds" if margin >= 0 else "fails"
 
 
-def _describe(claim: Claim, finding: _Finding) -> str:
-    """``with windows (91.7 % less)``."""
-    words = _text(claim, finding.measured)
-    if claim.measure == "reduction":
-        less = "less" if finding.measured >= 0 else "more"
-        words = f"{abs(finding.measured):.1%} {less}".replace("%", " %")
-    elif claim.measure == "slope":
-        words = f"slope {words}"
-    if finding.error and not math.isnan(finding.error):
-        words = f"{words} ± {_error_text(claim, finding.error)}"
-    if claim.measure == "difference":
-        words = f"{words} {metric(claim.metric).unit}".rstrip()
-    if finding.seeds == 1 and not finding.exact and claim.measure == "difference":
-        words += ", one seed"
-    return f"{finding.case.condition} ({words})"
+def describe(measure: str, name: str, found: Estimate, percent: bool = False) -> str:
+    """``91.7 % less``, ``slope 1.14``, ``−0.0245 ± 0.0029 bits per byte over books alone``."""
+    known = metric(name)
+    if measure == "difference":
+        words = f"{signed(found, known)} {known.unit}".rstrip()
+    else:
+        reduced = measure == "reduction"
+        shares = percent or reduced
+        digits = "{:.2f}" if measure == "slope" else f"{{:,.{known.digits}f}}"
+        write = "{:.1%}" if shares else digits
+        scale = 1 if shares or measure == "slope" else known.scale
+        words = write.format((abs(found.value) if reduced else found.value) / scale)
+        words += f" ± {write.format(found.half / scale)}" if found.half else ""
+        words = f"slope {words}" if measure == "slope" else words
+        words += (" less" if found.value >= 0 else " more") if reduced else ""
+    if found.over and found.missing:
+        words = f"{words} over {' and '.join(found.over)} alone"
+    return words.replace("%", " %").replace("-", "−")
 
 
-def _text(claim: Claim, number: float) -> str:
-    if claim.percent:
-        return f"{number:.1%}".replace("%", " %")
-    if claim.measure == "slope":
-        return f"{number:.2f}"
-    known = metric(claim.metric)
-    sign = "+" if claim.measure == "difference" else ""
-    return f"{number / known.scale:{sign},.{known.digits}f}".replace("-", "−")
-
-
-def _error_text(claim: Claim, error: float) -> str:
-    if error == 0 or math.isnan(error):
-        return "–"
-    return _text(claim, error).lstrip("+")
+def signed(found: Estimate, known: Metric) -> str:
+    """``−0.0245 ± 0.0029``."""
+    text = f"{found.value / known.scale:+,.{known.digits}f}".replace("-", "−")
+    return f"{text} ± {known.text(found.half)}" if found.half else text

@@ -22,7 +22,7 @@ Run what a table or figure of the paper needs and what is not in the results yet
 interrupted, then write the report.
 
 NAME is one of the exhibits below, or all. A run is one row with one seed at one budget; each is
-kept in a file of its own as soon as it is done, and is not run again.
+kept in a file of its own as soon as it is done, and is not run again unless its recipe changed.
 """
 EXAMPLES = """\
 examples:
@@ -157,6 +157,7 @@ def _summary(outcome: Outcome, results: Path) -> str:
     if outcome.left:
         parts.append(f"{len(outcome.left)} left for the next time: the same command goes on")
     lines = [", ".join(parts) + "."]
+    lines += [f"made again: {name}: {what}" for name, what in outcome.changed.items()]
     lines += [f"FAILED {name}: {message}" for name, message in outcome.failed.items()]
     return "\n".join(lines)
 

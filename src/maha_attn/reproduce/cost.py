@@ -8,9 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from maha_attn.bench.cost import main as measure
+from maha_attn.bench.cost import parse
 from maha_attn.reproduce.job import Clock, Job
 
 REFERENCE = "sdpa"
+BY_MACHINE = ("device", "dtype", "rounds", "tokens", "memory", "output")
 MEASURED = ("attention_flops", "layer_flops", "visible_pairs", "train_peak_bytes")
 
 
@@ -20,16 +22,12 @@ def measure_cost(job: Job, clock: Clock) -> dict[str, Any] | None:
     The settings are the command's options, and ``attention`` and ``direction``. Where the attention
     cannot run, the curves have no value; ``limits`` and ``skipped`` say why.
     """
-    options = job.experiment.merged(job.row, job.budget)
-    name, direction = options.pop("attention"), options.pop("direction", "causal")
+    name = job.experiment.merged(job.row, job.budget)["attention"]
     clock.show(0, 1, "measuring")
     with TemporaryDirectory() as folder:
         output = Path(folder) / "cost.json"
-        arguments = [f"--{option}={value}" for option, value in options.items()]
-        arguments += ["--attentions", ",".join(dict.fromkeys((name, REFERENCE)))]
-        arguments += ["--directions", direction, "--output", str(output)]
         with redirect_stdout(StringIO()):  # Its tables; the report has them all in one.
-            measure([*arguments, "--device", job.device.type, "--seed", str(job.seed)])
+            measure([*_arguments(job), "--output", str(output)])
         document = json.loads(output.read_text(encoding="utf-8"))
     rows = [row for row in document["rows"] if row["attention"] == name]
     reference = [row for row in document["rows"] if row["attention"] == REFERENCE]
@@ -44,13 +42,34 @@ def measure_cost(job: Job, clock: Clock) -> dict[str, Any] | None:
         ]
         curves[f"{what}_sequences_per_s"] = [None if t is None else 1e3 / t for t in times]
     return {
-        "settings": document["settings"],
+        "settings": {k: v for k, v in document["settings"].items() if k != "output"},
         "data": {"fingerprint": "random tokens"},
         "metrics": {"lengths": len(rows)},
         "curves": curves,
         "limits": rows[0]["limits"],
         "skipped": [row.get("skipped") for row in rows],
     }
+
+
+def cost_settings(job: Job) -> dict[str, Any]:
+    """The command's options, but for those that the recipe leaves to the machine."""
+    named = job.experiment.merged(job.row, job.budget)
+    return {
+        name: value
+        for name, value in vars(parse(_arguments(job))).items()
+        if name in named or name not in BY_MACHINE
+    }
+
+
+def _arguments(job: Job) -> list[str]:
+    """The command's arguments."""
+    options = job.experiment.merged(job.row, job.budget)
+    name, direction = options.pop("attention"), options.pop("direction", "causal")
+    return [
+        *(f"--{option}={value}" for option, value in options.items()),
+        *("--attentions", ",".join(dict.fromkeys((name, REFERENCE)))),
+        *("--directions", direction, "--device", job.device.type, "--seed", str(job.seed)),
+    ]
 
 
 def _per_sequence(row: dict[str, Any], what: str) -> float | None:

@@ -13,9 +13,7 @@ def count_flops(job: Job, clock: Clock) -> dict[str, Any] | None:
 
     The settings are those of `AttentionSpec`, and ``lengths``.
     """
-    options = job.experiment.merged(job.row, job.budget)
-    lengths = options.pop("lengths")
-    spec = AttentionSpec(**options)
+    spec, lengths = _options(job)
     costs = []
     for done, length in enumerate(lengths):
         clock.show(done, len(lengths), f"{length:,} tokens")
@@ -24,8 +22,20 @@ def count_flops(job: Job, clock: Clock) -> dict[str, Any] | None:
         costs.append(asdict(attention_cost(spec, length)))
     curves = {name: [cost[name] for cost in costs] for name in costs[0]}
     return {
-        "settings": {**asdict(spec), "lengths": lengths},
+        "settings": flops_settings(job),
         "data": {"fingerprint": "none", "about": "shapes only"},
         "metrics": {f"{name}_at_{lengths[-1]}": values[-1] for name, values in curves.items()},
         "curves": curves,
     }
+
+
+def flops_settings(job: Job) -> dict[str, Any]:
+    """The layer's options and the lengths."""
+    spec, lengths = _options(job)
+    return {**asdict(spec), "lengths": lengths}
+
+
+def _options(job: Job) -> tuple[AttentionSpec, list[int]]:
+    options = job.experiment.merged(job.row, job.budget)
+    lengths = options.pop("lengths")
+    return AttentionSpec(**options), lengths

@@ -1,5 +1,7 @@
 """A run to be done, and the clock that says when to stop."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 
 from maha_attn.experiments.definition import Experiment
+from maha_attn.experiments.results import result_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,7 @@ class Job:
     Attributes:
         folder: Where an interrupted run leaves what it needs to be continued.
         device: Where it runs.
-        pretrained: The folder of the run whose model it starts from.
+        pretrained: The run whose model it starts from.
         keeps_model: Another run starts from its model, so a result without it is not enough.
         shares_device: Others run there meanwhile, so that its speed says nothing.
     """
@@ -28,7 +31,7 @@ class Job:
     budget: str
     folder: Path
     device: torch.device
-    pretrained: Path | None = None
+    pretrained: Job | None = None
     keeps_model: bool = False
     shares_device: bool = False
 
@@ -36,6 +39,21 @@ class Job:
     def name(self) -> str:
         """As progress shows it."""
         return f"{self.experiment.name}/{self.row}, seed {self.seed}"
+
+    @property
+    def explains(self) -> bool:
+        """Its attention on a passage is kept."""
+        first = self.experiment.budgets[self.budget].seeds[0]
+        return self.row in self.experiment.explained and self.seed == first
+
+    def result(self, results: Path) -> Path:
+        """Where its result file is, in the folder of all."""
+        return result_path(results, self.experiment.name, self.budget, self.row, self.seed)
+
+    @property
+    def model(self) -> Path:
+        """Where the weights that it has learned are."""
+        return self.folder / "model" / "model.safetensors"
 
 
 @dataclass

@@ -1,33 +1,56 @@
 """Runs what is missing, one run after the other in one process, and keeps each result at once."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from maha_attn.bench.measure import provenance
+from maha_attn.experiments.comparison import differences, matter
 from maha_attn.experiments.definition import Exhibit, Experiment
-from maha_attn.experiments.results import RefusedError, read_result, result_path, write_result
+from maha_attn.experiments.results import RefusedError, read_result, write_result
 from maha_attn.reproduce.job import Clock, Job
 from maha_attn.training.run_folder import environment
 
 PACKAGES = (
     *("maha-attn", "transformers", "tokenizers", "datasets", "accelerate", "numpy"),
-    *("scikit-learn", "sacrebleu"),
+    *("scikit-learn", "sacrebleu"),  # which compute scores
+    *("performer-pytorch", "linformer"),  # which are baselines, and which bring their kernels:
+    *("flash-linear-attention", "mamba-ssm", "causal-conv1d", "kernels"),
 )
+"""Whose versions a result names; ``none`` where one is not installed."""
+NUMBER_FORMATS = ("train.bf16", "train.tf32")
 
 
-def kinds() -> dict[str, Callable[[Job, Clock], dict[str, Any] | None]]:
-    """What each kind of experiment does with a run; None is returned when the clock stopped it."""
-    from maha_attn.reproduce.cost import measure_cost
-    from maha_attn.reproduce.flops import count_flops
+class Kind(NamedTuple):
+    """What a kind of experiment does.
+
+    Attributes:
+        run: Does a run; returns what its result holds, or None where the clock stopped it.
+        settings: Of a job: what its result would have as ``settings``, as far as a recipe says.
+    """
+
+    run: Callable[[Job, Clock], dict[str, Any] | None]
+    settings: Callable[[Job], dict[str, Any]]
+
+
+def kinds() -> dict[str, Kind]:
+    """The kinds of experiments by name."""
+    from maha_attn.reproduce.cost import cost_settings, measure_cost
+    from maha_attn.reproduce.flops import count_flops, flops_settings
+    from maha_attn.reproduce.setup import row_settings
     from maha_attn.reproduce.training import train_and_judge
 
-    return {"cost": measure_cost, "flops": count_flops, "training": train_and_judge}
+    return {
+        "cost": Kind(measure_cost, cost_settings),
+        "flops": Kind(count_flops, flops_settings),
+        "training": Kind(train_and_judge, row_settings),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +87,7 @@ def jobs(
     """
     found: dict[tuple[str, str, int], Job] = {}
 
-    def want(experiment: Experiment, row: str, seed: int, keeps_model: bool = False) -> Path:
+    def want(experiment: Experiment, row: str, seed: int, keeps_model: bool = False) -> Job:
         base = None
         if experiment.pretrained is not None:
             start = experiments[experiment.pretrained]
@@ -82,7 +105,7 @@ def jobs(
             pretrained=base,
             keeps_model=keeps_model or (key in found and found[key].keeps_model),
         )
-        return folder
+        return found[key]
 
     wanted = [
         (seed, experiment, row)
@@ -101,12 +124,17 @@ def jobs(
 
 @dataclass
 class Outcome:
-    """What became of the runs."""
+    """What became of the runs.
+
+    Attributes:
+        changed: Of runs whose result was of another recipe: what differs.
+    """
 
     done: list[Job] = field(default_factory=list)
     kept: list[Job] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[Job] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
 
 
 def run_missing(
@@ -116,7 +144,7 @@ def run_missing(
     clock: Clock,
     tell: Callable[[Job, str], None] = lambda job, what: None,
 ) -> Outcome:
-    """Run every job without a result file; a file that is refused is made again.
+    """Run every job without a result file of today's settings; a refused file is made again.
 
     Args:
         todo: The jobs.
@@ -127,20 +155,22 @@ def run_missing(
     """
     outcome, run = Outcome(), kinds()
     for job in todo:
-        path = result_path(results, job.experiment.name, job.budget, job.row, job.seed)
-        if _is_done(job, path):
+        changes = changed(job, results)
+        if changes == [] and not _lacks_model(job, todo, results):
             outcome.kept.append(job)
             continue
+        if changes:
+            outcome.changed[job.name] = "; ".join(changes)
         if clock.is_up:
             outcome.left.append(job)
             continue
         tell(job, "started")
         start = time.perf_counter()
         try:
-            found = run[job.experiment.kind](job, clock)
+            found = run[job.experiment.kind].run(job, clock)
             elapsed = round(time.perf_counter() - start, 1)
             if found is not None:
-                write_result(path, _document(job, found, command, elapsed))
+                write_result(job.result(results), _document(job, found, results, command, elapsed))
         except Exception as error:  # One row that fails does not take the others with it.
             message = " ".join(f"{type(error).__name__}: {error}".split())
             outcome.failed[job.name] = message
@@ -158,22 +188,45 @@ def run_missing(
     return outcome
 
 
-def _is_done(job: Job, path: Path) -> bool:
-    """It has a result, and its model where another run starts from it."""
-    if job.keeps_model and not (job.folder / "model" / "model.safetensors").is_file():
-        return False
+def changed(job: Job, results: Path) -> list[str] | None:
+    """How the settings of a job's result differ from those that it would have today.
+
+    A result of another class of device than the job's stays: number formats are not compared then.
+
+    Returns:
+        The differences, none where the result is up to date; None: there is no valid result.
+    """
     try:
-        return path.is_file() and bool(read_result(path))
+        result = read_result(job.result(results))
     except RefusedError:
+        return None
+    before = matter(result["settings"])
+    if result["device_class"] != device_class(job.device):
+        before = {name: value for name, value in before.items() if name not in NUMBER_FORMATS}
+    return differences(before, matter(kinds()[job.experiment.kind].settings(job)))
+
+
+def device_class(device: torch.device) -> str:
+    """``gpu`` or ``cpu``."""
+    return "gpu" if device.type == "cuda" else "cpu"
+
+
+def _lacks_model(job: Job, todo: Sequence[Job], results: Path) -> bool:
+    """Another run is to start from its model, which is not there."""
+    if not job.keeps_model or job.model.is_file():
         return False
+    waiting = (other for other in todo if other.pretrained and other.pretrained.name == job.name)
+    return any(changed(other, results) != [] for other in waiting)
 
 
-def _document(job: Job, found: dict[str, Any], command: str, elapsed: float) -> dict[str, Any]:
+def _document(
+    job: Job, found: dict[str, Any], results: Path, command: str, elapsed: float
+) -> dict[str, Any]:
     """The result file's content."""
     document = provenance(command, found["settings"], job.device)
     if job.device.type == "cpu":
         document["device"] = f"{environment()['device_name']}, threads: {torch.get_num_threads()}"
-    document["versions"] |= {name: version(name) for name in PACKAGES}
+    document["versions"] |= {name: _version(name) for name in PACKAGES}
     return {
         "experiment": job.experiment.name,
         "row": job.row,
@@ -181,7 +234,36 @@ def _document(job: Job, found: dict[str, Any], command: str, elapsed: float) -> 
         "budget": job.budget,
         "seed": job.seed,
         **document,
-        "device_class": "gpu" if job.device.type == "cuda" else "cpu",
+        "device_class": device_class(job.device),
         "wall_s": elapsed,
+        **_models(job, results),
         **{name: value for name, value in found.items() if name != "settings"},
     }
+
+
+def _models(job: Job, results: Path) -> dict[str, Any]:
+    """Which weights the run started from, and those that others start from, by their SHA-256."""
+    named: dict[str, Any] = {}
+    if job.keeps_model:
+        named["model_sha256"] = _sha256(job.model)
+    if (base := job.pretrained) is not None:
+        named["pretrained"] = {
+            "experiment": base.experiment.name,
+            "row": base.row,
+            "seed": base.seed,
+            "commit": read_result(base.result(results))["commit"],
+            "sha256": _sha256(base.model),
+        }
+    return named
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -7,7 +7,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 from maha_attn.data.spans import SpanSettings, encode, load_spans
 from maha_attn.data.tokenizer import make_tokenizer
 from maha_attn.evaluation.answering import FOR_MODEL, window_answers, window_logits
-from maha_attn.evaluation.spans import Answer, SpanEvaluationSettings, span_scores
+from maha_attn.evaluation.spans import Answer, SpanEvaluationSettings, forced_f1, span_scores
 from maha_attn.models import MahaForQuestionAnswering
 from maha_attn.tasks.base import Task, count
 from maha_attn.training.recipe import Recipe
@@ -62,8 +62,13 @@ class QuestionAnswering(Task):
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Exact match and F1, with a threshold for no answer."""
+        """Exact match and F1, with a threshold for no answer.
+
+        Of every question that has an answer, in order, its ``scores``, of which ``forced_f1`` is
+        the mean (from 0 to 1).
+        """
         metrics: dict[str, Any] = {}
+        examples: dict[str, Any] = {}
         threshold = self.settings.no_answer_threshold
         for name in self.held_out():
             logits = window_logits(
@@ -74,11 +79,13 @@ class QuestionAnswering(Task):
                 f"Answering {name}",
             )
             answers = self._answers(name, *logits)
-            scores = span_scores(answers, self.parts[name].rows["texts"], threshold or 0.0)
+            references = self.parts[name].rows["texts"]
+            scores = span_scores(answers, references, threshold or 0.0)
             metrics[name] = scores
+            examples[name] = {"scores": [round(f, 4) for f in forced_f1(answers, references)]}
             if threshold is None:
                 threshold = scores["best_f1_threshold"]
-        return {"metrics": metrics}
+        return {"metrics": metrics, "examples": examples}
 
     def _answers(self, name: str, starts: Any, ends: Any) -> list[Answer]:
         """The best answer to each question of a part."""

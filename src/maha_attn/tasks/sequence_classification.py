@@ -69,8 +69,11 @@ class SequenceClassification(Task):
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Accuracy, F1 and the confusion matrix."""
-        metrics, confusions = {}, {}
+        """Accuracy, F1 and the confusion matrix.
+
+        Of every example, in order, whether it was ``correct``: a string of 0 and 1.
+        """
+        metrics, confusions, examples = {}, {}, {}
         for name in self.held_out():
             rows = self.rows[name]
             labels = np.array(rows["label"])
@@ -82,7 +85,14 @@ class SequenceClassification(Task):
                 logits[chosen] = output.logits.float().cpu().numpy()
             metrics[name] = classification_scores(logits, labels)
             confusions[name] = confusion(logits, labels)
-        return {"metrics": metrics, "labels": self.labels, "confusion": confusions}
+            correct = logits.argmax(-1) == labels
+            examples[name] = {"correct": "".join("01"[int(right)] for right in correct)}
+        return {
+            "metrics": metrics,
+            "labels": self.labels,
+            "confusion": confusions,
+            "examples": examples,
+        }
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -8,7 +8,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 from maha_attn.data.parallel import ParallelSettings, encode, load_parallel, texts
 from maha_attn.data.tokenizer import make_tokenizer
 from maha_attn.evaluation.generation import generate_texts
-from maha_attn.evaluation.translation import TranslationSettings, translation_scores
+from maha_attn.evaluation.translation import (
+    TranslationSettings,
+    bleu_statistics,
+    translation_scores,
+)
 from maha_attn.models import MahaForSeq2SeqLM
 from maha_attn.tasks.base import Task, count
 from maha_attn.training.recipe import Recipe
@@ -46,8 +50,11 @@ class Translation(Task):
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        """BLEU and chrF of what the model writes by the recipe's generation settings."""
-        metrics, signatures, samples = {}, {}, []
+        """BLEU and chrF of what the model writes by the recipe's generation settings.
+
+        Of every sentence, in order, its ``bleu_statistics``.
+        """
+        metrics, examples, signatures, samples = {}, {}, {}, []
         for name in self.held_out():
             rows = self.parts[name].rows
             sources, references = list(rows["source"]), list(rows["target"])
@@ -55,12 +62,18 @@ class Translation(Task):
             scores = translation_scores(found, references)
             signatures = {key: scores.pop(key) for key in ("bleu_signature", "chrf_signature")}
             metrics[name] = scores
+            examples[name] = {"bleu_statistics": bleu_statistics(found, references)}
             some = slice(self.settings.samples)
             for source, text, reference in zip(
                 sources[some], found[some], references[some], strict=True
             ):
                 samples.append({"source": source, "translation": text, "reference": reference})
-        return {"metrics": metrics, "signatures": signatures, "samples": samples}
+        return {
+            "metrics": metrics,
+            "signatures": signatures,
+            "samples": samples,
+            "examples": examples,
+        }
 
     def _translate(self, model: PreTrainedModel, sources: list[str], what: str) -> list[str]:
         """The translations, made in batches of sentences of about one length."""

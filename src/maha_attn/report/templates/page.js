@@ -16,6 +16,7 @@ function legend(plot, traces) {
     button.setAttribute("aria-pressed", "true");
     button.style.setProperty("--color", trace.line.color);
     button.style.setProperty("--style", trace.line.dash === "dot" ? "dotted" : "solid");
+    if (traces.every((each) => each.name !== name || each.mode === "markers")) button.className = "points";
     button.textContent = name;
     button.addEventListener("click", () => {
       const shown = button.getAttribute("aria-pressed") === "false";
