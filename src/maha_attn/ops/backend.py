@@ -54,11 +54,15 @@ def use_triton(
     return False
 
 
-@torch.compiler.assume_constant_result  # A compiler says it while it traces, and goes on.
 def _say(reason: str) -> None:
     if reason not in _said:
         _said.add(reason)
         warnings.warn(f"PyTorch operators run, not kernels: {reason}", stacklevel=4)
+
+
+# A compiler says it while it traces, and goes on: torch.compiler.assume_constant_result, which
+# would import the compiler, and triton with it, for this mark alone.
+_say._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def unsupported(*tensors: Tensor, width: int | None = None) -> str | None:
