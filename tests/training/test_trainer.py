@@ -157,3 +157,13 @@ def test_weights_of_another_model_are_refused(make: Make, tmp_path: Path) -> Non
     other.model = MahaForCausalLM(MahaConfig(**{**other.model.config.to_dict(), "vocab_size": 7}))
     with pytest.raises(disk.RunError, match="are not those of this model"):
         other._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_process_trains_on_one_gpu_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = RunArguments(output_dir=str(tmp_path), per_device_train_batch_size=4)
+    assert arguments.device is not None  # It counts the GPUs.
+    monkeypatch.setattr(arguments, "_n_gpu", 3)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 4

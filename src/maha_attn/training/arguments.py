@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments and one more.
+    """transformers' TrainingArguments and one more. A process trains on one GPU.
 
     Args:
         shard: Divide parameters, gradients and optimizer state among the processes (FSDP2) instead
@@ -45,3 +45,12 @@ class RunArguments(TrainingArguments):
                 "train.shard divides a model among processes, and there is one; start several with "
                 "`torchrun --nproc_per_node N --no-python maha train RECIPE`, or leave it out"
             )
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: at most one.
+
+        The Trainer would copy the model to every GPU it sees (``nn.DataParallel``), and multiply
+        the batch by their number.
+        """
+        return min(super().n_gpu, 1)
