@@ -29,7 +29,7 @@ slow: $(STAMP)  ## Run the slow tests
 	$(PYTEST) -m slow
 
 kills: $(STAMP)  ## Kill training two hundred times and resume it
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/training/test_kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/training/kill_often.py 200 results/kills.json
 
 check: $(STAMP)  ## Lint, check types and imports, run the tests
 	$(BIN)/ruff check

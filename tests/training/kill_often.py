@@ -1,9 +1,9 @@
 """Kill a training process many times at random moments; resume it each time.
 
-Usage: python kill_often.py FOLDER KILLS SEED. FOLDER holds small.yaml; the result is printed as
-JSON. Libraries are imported once and every training process is forked from this one, so that a
-process costs what training costs. A training process tells through a pipe at which step it begins
-and which checkpoints it completed; this one, which survives, compares:
+Usage: python kill_often.py KILLS RESULT; RESULT is the JSON file to write. Libraries are imported
+once and every training process is forked from this one, so that a process costs what training
+costs. A training process tells through a pipe at which step it begins and which checkpoints it
+completed; this one, which survives, compares:
 
 - a process begins at the newest checkpoint that any before it had completed (or one newer, whose
   completion it was killed before telling);
@@ -12,25 +12,40 @@ and which checkpoints it completed; this one, which survives, compares:
 """
 
 import gc
+import gzip
 import json
 import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from maha_attn import cli
+from maha_attn.bench.measure import provenance
+from maha_attn.data.files import find_files
 from maha_attn.tasks import runs
 from maha_attn.training import checkpoint as disk
 from maha_attn.training import train  # noqa: F401 - imported here, once, for all children
 from maha_attn.training.metrics import MetricsFile
 from maha_attn.training.trainer import RunTrainer
 
-STEPS = 12  # of small.yaml
+STEPS = 12
+RECIPE = f"""
+task: language_modeling
+model: {{vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+        num_attention_heads: 2, num_scales: 3, window: 8}}
+data: {{train: [book.txt], sequence_length: 32}}
+train: {{max_steps: {STEPS}, per_device_train_batch_size: 2, gradient_accumulation_steps: 2,
+        learning_rate: 1.0e-2, logging_steps: 1, save_steps: 1, save_total_limit: 2, use_cpu: true,
+        report_to: none, disable_tqdm: true}}
+"""
 TIMES = {"elapsed_s", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
@@ -113,6 +128,9 @@ def content(run: Path) -> dict[str, Any]:
 def kill_often(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill ``kills`` times; what was hit, and what was lost."""
     os.chdir(folder)
+    novel = find_files("embedded:alice_in_wonderland")[0]
+    (folder / "book.txt").write_bytes(gzip.decompress(novel.read_bytes())[:4000])
+    (folder / "small.yaml").write_text(RECIPE)
     gc.freeze()  # the children need not look through what was imported
     chance = random.Random(seed)
     log, run, whole = folder / "log.txt", folder / "run", folder / "whole"
@@ -150,4 +168,9 @@ def kill_often(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_often(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    kills, file, seed = int(sys.argv[1]), Path(sys.argv[2]).absolute(), 0
+    command = f"python tests/training/{Path(__file__).name} {kills} {sys.argv[2]}"
+    document = provenance(command, {"recipe": RECIPE, "seed": seed}, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        document |= kill_often(Path(folder), kills, seed)
+    file.write_text(json.dumps(document, indent=2) + "\n")
