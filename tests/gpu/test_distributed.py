@@ -1,6 +1,7 @@
 """Two GPUs train as one does, with copies and with a divided model, and exchange checkpoints."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_two_gpus_train_as_one(
     subprocess.run([*command, "small.yaml", "--train.output_dir=one"], check=True)
     script = checkout / "tests" / "training" / "several_processes.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, str(script)], check=True)
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    subprocess.run([*torchrun, str(script)], env=environment, check=True)
     for run in ("copied", "divided", "divided-again", "one-to-several"):
         assert losses(Path(run)) == pytest.approx(losses(Path("one")), rel=1e-3)
     for rank in (0, 1):

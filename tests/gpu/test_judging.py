@@ -32,6 +32,7 @@ def model(name="maha", **options):
     return MahaForCausalLM(config).cuda().eval()
 
 
+@pytest.mark.filterwarnings("ignore:PyTorch operators run")
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     "options",

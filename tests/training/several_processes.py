@@ -76,6 +76,7 @@ def unequal_rows() -> None:
 
 if __name__ == "__main__":
     RunTrainer._save_checkpoint = note_and_save
+    leave_process_group = distributed.leave_process_group
     distributed.leave_process_group = lambda: None  # until all is done
     runs.judge = lambda *args: {}
     cli.show = lambda *args: None
@@ -88,3 +89,4 @@ if __name__ == "__main__":
     train("one-to-several", "--resume", "--train.shard=true")
     unequal_rows()
     Path(f"processes-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    leave_process_group()
