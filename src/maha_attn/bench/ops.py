@@ -201,7 +201,10 @@ def too_large(backend: SDPBackend, options: argparse.Namespace, length: int) -> 
     """Why materialised attention cannot run: it holds about four ``N × N`` matrices in fp32."""
     device = torch.device(options.device)
     needed = 16 * max(options.tokens, length) * length * options.heads
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**32
+    free = 2**32
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # What other lengths have left would count as taken.
+        free, _ = torch.cuda.mem_get_info(device)
     if backend != SDPBackend.MATH or needed < free:
         return None
     return f"needs about {needed / 2**30:.0f} GiB"
