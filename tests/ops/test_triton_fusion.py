@@ -187,7 +187,9 @@ def test_as_an_operator(problem):
             t.requires_grad_()
     method, box = options.method, options.method == "nash"
     args = (outputs, *tensors, method, "box" if box else "simplex", 2, True, False, False)
-    torch.library.opcheck(kernels._fuse, (*args, 1e-2, 0.0, 0.0 if box else 1.0, method != "gate"))
+    torch.library.opcheck(
+        torch.ops.maha.fuse.default, (*args, 1e-2, 0.0, 0.0 if box else 1.0, method != "gate")
+    )
 
 
 def test_floating_point_operations_are_counted():

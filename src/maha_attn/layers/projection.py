@@ -45,11 +45,12 @@ def project(
 def plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
     """The modules' weights, if calling each does nothing but ``xWᵀ``.
 
-    None also where the layer is being compiled: the compiler fuses sums by itself.
+    None also where the layer is being compiled: the compiler fuses sums by itself. And under
+    torch.func's transforms, which do not know our derivatives.
     """
     weights = [m.weight for m in modules if is_plain(m) and m.bias is None]
-    compiled = torch.compiler.is_compiling()
-    return None if compiled or len(weights) < len(modules) else weights
+    known = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return weights if known and len(weights) == len(modules) else None
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -74,14 +75,12 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 class _Project(torch.autograd.Function):
     """``(xW_1ᵀ, xW_2ᵀ, …)``; ``x̄ = Σ ȳ_i W_i`` summed by the products themselves."""
 
+    # No setup_context: with one, autograd looks the signature up at every call.
     @staticmethod
-    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(F.linear(x, weight) for weight in weights)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -67,21 +67,21 @@ class _Stem(torch.autograd.Function):
     The first operand's product is split: values of the given width, and what else it holds.
     """
 
+    # No setup_context, as in `_Project`.
     @staticmethod
-    def forward(lengths, width, options, x: Tensor, count, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, lengths, width, options, x: Tensor, count, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         from maha_attn.ops.triton.pyramid import build_scales
 
         packed, *others = (F.linear(x, weight) for weight in weights[:count])
         base, tail = packed[..., :width], packed[..., width:]
         operators = [weight.contiguous() for weight in weights[count:]]
-        return base, tail, *others, *build_scales([x, base], operators, lengths, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        lengths, _, options, x, ctx.count, *weights = inputs
-        ctx.ratio = options[1]
+        built = build_scales([x, base], operators, lengths, *options)
+        ctx.count, ctx.ratio = count, options[1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, x, *weights, output[0], *output[1 + ctx.count :])
+        ctx.save_for_backward(lengths, x, *weights, base, *built)
+        return base, tail, *others, *built
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]

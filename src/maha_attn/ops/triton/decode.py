@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.rotary import rotary_frequencies
 from maha_attn.ops.triton.decode_attention import attention_kernel, fuse_kernel
 from maha_attn.ops.triton.decode_tokens import linear_kernel, project_kernel, pyramid_kernel
+from maha_attn.ops.triton.sizes import cdiv, next_power_of_2
 
 PART = 256
 """Keys that one program attends to: enough programs at 8K keys of one row, few to join."""
@@ -69,13 +69,13 @@ def decode(
     gate = x.new_empty(batch, heads * num_scales, dtype=torch.float32)
     new = x.new_empty(batch, num_scales, depth)
     queries = x.new_empty(batch, num_scales, heads, width)
-    parts = [triton.cdiv(size, PART) for size in sizes]
+    parts = [cdiv(size, PART) for size in sizes]
     partial = x.new_empty(batch, heads, sum(parts), width, dtype=torch.float32)
     lse = x.new_empty(batch, heads, sum(parts), dtype=torch.float32)
     offsets, starts = _begins(sizes), _begins(parts)
     common = {"RATIO": ratio, "SCALES": num_scales}
-    wide = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "FINE": fine, "PART": PART}
-    rows = min(max(triton.next_power_of_2(batch), 16), 64)
+    wide = {"WIDTH": width, "PADDED": next_power_of_2(width), "FINE": fine, "PART": PART}
+    rows = min(max(next_power_of_2(batch), 16), 64)
     wide_loads = x.dtype.itemsize == 2
     product = {"ROWS": rows, "DEPTH": 128 if wide_loads else 64}
     product["PRECISION"] = "tf32" if wide_loads else "tf32x3"
@@ -84,18 +84,18 @@ def decode(
     weights_in, biases_in, outs = (tuple(t) for t in zip(*linears, strict=True))
     columns = tuple(w.shape[0] for w in weights_in)
     with torch.cuda.device_of(x):
-        linear_kernel[(sum(triton.cdiv(n, 16) for n in columns), triton.cdiv(batch, rows))](
+        linear_kernel[(sum(cdiv(n, 16) for n in columns), cdiv(batch, rows))](
             x, weights_in, biases_in, outs, columns, lengths, active, batch, depth,
             COLUMNS=16, **product,
         )  # fmt: skip
-        pyramid_kernel[(triton.cdiv(depth, 128), 2, batch)](
+        pyramid_kernel[(cdiv(depth, 128), 2, batch)](
             x, v, taps, values, new, tuple(down) or None, lengths, active,
             offsets, tuple(sizes), depth, heads, slots,
             TAPS=taps.shape[3], WIDTH=width, CHANNELS=128, num_warps=1, **common,
         )  # fmt: skip
-        pairs = min(max(triton.next_power_of_2(width // 2), 16), 32)
-        tiles = 2 * num_scales * heads * triton.cdiv(width // 2, pairs)
-        project_kernel[(tiles, triton.cdiv(batch, rows))](
+        pairs = min(max(next_power_of_2(width // 2), 16), 32)
+        tiles = 2 * num_scales * heads * cdiv(width // 2, pairs)
+        project_kernel[(tiles, cdiv(batch, rows))](
             new, tuple(qk_weights), tuple(qk_biases) or None,
             _frequencies(width, theta, x.device), queries, keys, lengths, active,
             offsets, tuple(sizes), batch, depth, heads, slots,

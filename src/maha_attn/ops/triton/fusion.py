@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -21,6 +20,8 @@ from maha_attn.ops.fusion import Fused, FusionOptions
 from maha_attn.ops.triton.fusion_backward import backward_kernel
 from maha_attn.ops.triton.fusion_forward import forward_kernel
 from maha_attn.ops.triton.memory import empty_by_token, unit_last
+from maha_attn.ops.triton.operator import operator
+from maha_attn.ops.triton.sizes import cdiv, next_power_of_2
 
 
 class _Tile(NamedTuple):
@@ -47,7 +48,7 @@ def _tile(
     heads = math.gcd(num_heads, 4)
     lanes = 32 // heads
     lane_bytes = 16 if few else 8
-    piece = max(min(lanes * lane_bytes // dtype.itemsize, triton.next_power_of_2(width)), lanes)
+    piece = max(min(lanes * lane_bytes // dtype.itemsize, next_power_of_2(width)), lanes)
     loop = not few or width > 2 * piece
     registers = None
     if kernel == "forward" and few:
@@ -105,7 +106,7 @@ def fuse(
     return Fused(output, weights, residual if certified else None, status if certified else None)
 
 
-@torch.library.custom_op("maha::fuse", mutates_args=())
+@operator("maha::fuse")
 def _fuse(
     outputs: Sequence[Tensor], target: Tensor | None, logits: Tensor | None,
     gram_scale: Tensor | None, method: str, constraint: str, ratio: int, causal: bool, fine: bool,
@@ -115,7 +116,7 @@ def _fuse(
     o, weights, residual, status = _empty_fused(outputs, certified)
     batch, heads, length, width = o.shape
     tile = _tile("forward", method, heads, width, len(outputs), o.dtype)
-    num_tiles = triton.cdiv(length + causal, tile.tokens)
+    num_tiles = cdiv(length + causal, tile.tokens)
     with torch.cuda.device_of(o):
         forward_kernel[(batch * num_tiles * (heads // tile.heads),)](
             tuple(outputs), tuple(_strides(u) for u in outputs), target, _strides(target),
@@ -127,7 +128,7 @@ def _fuse(
     return o, weights, residual, status
 
 
-@torch.library.custom_op("maha::fuse_backward", mutates_args=())
+@operator("maha::fuse_backward")
 def _fuse_backward(
     do: Tensor, dw: Tensor | None, outputs: Sequence[Tensor], target: Tensor | None,
     gram_scale: Tensor | None, weights: Tensor, method: str, constraint: str, ratio: int,
@@ -137,7 +138,7 @@ def _fuse_backward(
     do = unit_last(do)
     (batch, heads, length, width), shift = do.shape, int(causal)
     tile = _tile("backward", method, heads, width, len(outputs), outputs[0].dtype)
-    num_tiles = triton.cdiv(length + shift, tile.tokens)
+    num_tiles = cdiv(length + shift, tile.tokens)
     du = [empty_by_token(u) for u in outputs]
     dy, dlogits, dgamma = _small_gradients(do, target, weights, gram_scale, needs)
     shares = {}  # of blocks longer than a tile: one row a tile
@@ -272,6 +273,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(residual, status)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*outputs, target, gram_scale, weights)
+    ctx.needs = [t is not None and t.requires_grad for t in (target, logits, gram_scale)]
     ctx.logits_dtype = None if logits is None else logits.dtype
     # Neither the sparsity nor whether certificates were asked for matters to the derivative.
     ctx.options = (*options[:7], options[8])
@@ -283,16 +285,17 @@ def _differentiate(ctx, do, dw, *_):
         return (None,) * 14
     if do is None:
         do = torch.zeros_like(outputs[0])
-    needs = list(ctx.needs_input_grad[1:4])
-    gradients = _fuse_backward(do, dw, outputs, target, gram_scale, weights, *ctx.options, needs)
+    gradients = _fuse_backward(
+        do, dw, outputs, target, gram_scale, weights, *ctx.options, ctx.needs
+    )
     small = iter(gradients[len(outputs) :])
-    dy, dlogits, dgamma = (next(small) if need else None for need in needs)
+    dy, dlogits, dgamma = (next(small) if need else None for need in ctx.needs)
     if dlogits is not None:
         dlogits = dlogits.to(ctx.logits_dtype)
     return gradients[: len(outputs)], dy, dlogits, dgamma, *(None,) * 10
 
 
-_fuse.register_autograd(_differentiate, setup_context=_save)
+_fuse.register_autograd(_differentiate, save=_save)
 
 
 def _products_flops(outputs: Sequence[Tensor], method: str, vectors: int) -> int:

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.pyramid import coarse_length
 from maha_attn.ops.triton.memory import unit_last
+from maha_attn.ops.triton.operator import operator
+from maha_attn.ops.triton.sizes import cdiv, next_power_of_2
 
 _TOKENS, _CHANNELS = 2, 1024  # Of a tile.
 _STEPS = 16  # Tiles of a strip at most: their coarse tokens share one partial weight gradient.
@@ -170,7 +172,7 @@ def build(
     return [[x, *built[i * levels : (i + 1) * levels]] for i, x in enumerate(streams)]
 
 
-@torch.library.custom_op("maha::pyramid", mutates_args=())
+@operator("maha::pyramid")
 def build_scales(
     streams: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None,
     steps: int, ratio: int, causal: bool,
@@ -182,7 +184,7 @@ def build_scales(
             weight = weights[step] if weights else None
             ends = None if lengths is None else -(-lengths // ratio**step)
             length, coarse = x.shape[1], y.shape[1]
-            num_tiles = triton.cdiv(coarse, _TOKENS)
+            num_tiles = cdiv(coarse, _TOKENS)
             with torch.cuda.device_of(x):
                 _forward_kernel[_programs(num_tiles, x)](
                     x, weight, y, ends, *x.stride()[:2], *y.stride()[:2],
@@ -192,7 +194,7 @@ def build_scales(
     return [y for built in levels for y in built]
 
 
-@torch.library.custom_op("maha::pyramid_backward", mutates_args=())
+@operator("maha::pyramid_backward")
 def build_backward(
     grads: Sequence[Tensor | None], streams: Sequence[Tensor], built: Sequence[Tensor],
     weights: Sequence[Tensor], lengths: Tensor | None, ratio: int,
@@ -286,7 +288,7 @@ def _programs(tiles: int, x: Tensor) -> tuple[int]:
 
 
 def _channels(x: Tensor) -> int:
-    return max(min(_CHANNELS, int(triton.next_power_of_2(x.shape[2]))), 16)
+    return max(min(_CHANNELS, next_power_of_2(x.shape[2])), 16)
 
 
 def _constants(x: Tensor, weight: Tensor | None, ratio: int) -> dict[str, int]:
@@ -346,7 +348,7 @@ def _differentiate(ctx, grads):
     return gradients[:streams], gradients[streams:], None, None, None, None
 
 
-build_scales.register_autograd(_differentiate, setup_context=_save)
+build_scales.register_autograd(_differentiate, save=_save)
 
 
 @register_flop_formula(torch.ops.maha.pyramid, get_raw=True)

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from maha_attn.ops.triton.memory import unit_last
+from maha_attn.ops.triton.operator import operator
+from maha_attn.ops.triton.sizes import cdiv, next_power_of_2
 
 _ROWS = 64  # Of a tile: pairs of token and head.
 
@@ -57,7 +59,7 @@ def rotate_projection(x: Tensor, table: Tensor) -> list[Tensor]:
     return _rotate(x, table)
 
 
-@torch.library.custom_op("maha::rotate", mutates_args=())
+@operator("maha::rotate")
 def _rotate(x: Tensor, table: Tensor) -> list[Tensor]:
     x = unit_last(x)
     outputs = _empty_parts(x)
@@ -66,7 +68,7 @@ def _rotate(x: Tensor, table: Tensor) -> list[Tensor]:
     return outputs
 
 
-@torch.library.custom_op("maha::rotate_backward", mutates_args=())
+@operator("maha::rotate_backward")
 def _rotate_backward(grads: list[Tensor], table: Tensor) -> Tensor:
     dx = _empty_packed(grads)
     for grad, part in zip(grads, dx.unbind(2), strict=True):
@@ -81,13 +83,13 @@ def turn(x: Tensor, table: Tensor, y: Tensor, sign: float) -> None:
     """
     table = table.contiguous()
     batch, heads, length, half = *x.shape[:3], x.shape[3] // 2
-    num_tiles = triton.cdiv(length * heads, _ROWS)
+    num_tiles = cdiv(length * heads, _ROWS)
     with torch.cuda.device_of(x):
         _rotate_kernel[(batch * num_tiles,)](
             x, table, y, *x.stride()[:3], *y.stride()[:3],
             table.stride(0) if table.dim() == 4 else 0,
             length * heads, heads, num_tiles, sign,
-            HALF=half, PADDED=triton.next_power_of_2(half), ROWS=_ROWS, num_warps=4,
+            HALF=half, PADDED=next_power_of_2(half), ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
 
 
@@ -120,4 +122,4 @@ def _differentiate(ctx, grads):
     return _rotate_backward(grads, table), None
 
 
-_rotate.register_autograd(_differentiate, setup_context=_save)
+_rotate.register_autograd(_differentiate, save=_save)

@@ -20,15 +20,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maha_attn.ops.triton.memory import empty_by_token, unit_last
+from maha_attn.ops.triton.operator import operator
 from maha_attn.ops.triton.rotary import turn
 from maha_attn.ops.triton.scale_attention_backward import keys_kernel, queries_kernel
 from maha_attn.ops.triton.scale_attention_forward import forward_kernel
 from maha_attn.ops.triton.scale_attention_tiling import Scale, constants, executed_pairs
+from maha_attn.ops.triton.sizes import cdiv, next_power_of_2
 
 
 def _span(window: int | None, num_keys: int, causal: bool) -> tuple[int, int]:
@@ -95,7 +96,7 @@ def scale_attention(
     return outputs[0]
 
 
-@torch.library.custom_op("maha::multiscale_attention", mutates_args=())
+@operator("maha::multiscale_attention")
 def _attend(
     qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor],
     query_tables: Sequence[Tensor], key_table: Tensor | None, lengths: Sequence[Tensor],
@@ -113,7 +114,7 @@ def _attend(
             k = turned_k[s]
         (batch, heads, length, width), num_keys = q.shape, k.shape[2]
         compiled_for = constants("forward", q, scale, causal)
-        num_tiles = triton.cdiv(length, compiled_for["QUERIES"])
+        num_tiles = cdiv(length, compiled_for["QUERIES"])
         with torch.cuda.device_of(q):
             forward_kernel[(num_tiles * heads * batch,)](
                 q, k, vs[s], outputs[s], lses[s], lengths[s] if lengths else None,
@@ -125,7 +126,7 @@ def _attend(
     return [*outputs, *lses, *turned_q, *turned_k]
 
 
-@torch.library.custom_op("maha::multiscale_attention_backward", mutates_args=())
+@operator("maha::multiscale_attention_backward")
 def _attend_backward(
     dos: Sequence[Tensor | None], qs: Sequence[Tensor], ks: Sequence[Tensor], vs: Sequence[Tensor],
     outputs: Sequence[Tensor], lses: Sequence[Tensor],
@@ -160,11 +161,11 @@ def _launch_backward(
     delta = torch.empty_like(lse)
     softmax_scale = 1 / math.sqrt(width)
     # A tile's halves can be split in registers where the width is a power of 2.
-    inside = width == triton.next_power_of_2(width) and width >= 16
+    inside = width == next_power_of_2(width) and width >= 16
     numbers = (scale.stride, scale.back, scale.ahead, math.log2(math.e) * softmax_scale)
     with torch.cuda.device_of(q):
         compiled_for = constants("queries", q, scale, causal)
-        num_tiles = triton.cdiv(length, compiled_for["QUERIES"])
+        num_tiles = cdiv(length, compiled_for["QUERIES"])
         queries_kernel[(num_tiles * heads * batch,)](
             q, k, v, o, do, dq, lse, delta, lengths, query_table if inside else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -172,7 +173,7 @@ def _launch_backward(
             length, num_keys, heads, num_tiles, batch, *numbers, softmax_scale, **compiled_for,
         )  # fmt: skip
         compiled_for = constants("keys", q, scale, causal)
-        num_tiles = triton.cdiv(num_keys, compiled_for["KEYS"])
+        num_tiles = cdiv(num_keys, compiled_for["KEYS"])
         if num_keys:
             keys_kernel[(num_tiles * heads * batch,)](
                 q, k, v, do, dk, dv, lse, delta, lengths, key_table if inside else None,
@@ -236,7 +237,7 @@ def _differentiate(ctx, grads):
     return dqs, dks, dvs, [None] * ctx.tables, None, [None] * len(rest[ctx.tables :]), *(None,) * 4
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
+_attend.register_autograd(_differentiate, save=_save)
 
 
 def _pairs(kernel: str, qs, ks, backs, aheads, strides, causal) -> int:

@@ -6,8 +6,9 @@ A kernel is named ``forward``, ``queries`` or ``keys``: the latter two are the b
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from maha_attn.ops.triton.sizes import next_power_of_2
 
 NARROW_KEYS = 256
 """Spans up to here have hardly an unmasked tile: one masked loop serves them best."""
@@ -75,7 +76,7 @@ def constants(kernel: str, q: Tensor, scale: Scale, causal: bool) -> dict[str, A
         "QUERIES": cut.queries,
         "KEYS": cut.keys,
         "WIDTH": q.shape[-1],
-        "PADDED": max(triton.next_power_of_2(q.shape[-1]), 16),
+        "PADDED": max(next_power_of_2(q.shape[-1]), 16),
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": cut.warps,
         "num_stages": cut.stages,
