@@ -19,9 +19,7 @@ from maha_attn.training.model import (
     build_model,
     load_saved,
     require_adaptable,
-    require_backbone,
-    require_direction,
-    require_same,
+    require_fitting,
     require_vocabulary,
     saved_model,
     set_vocabulary,
@@ -114,9 +112,7 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
         recipes = [parse_recipe(parser, raw, path, [*overrides, *place]) for place in places]
     data = first.data
     if pretrained is not None:
-        require_same(first.model, pretrained)
-        require_backbone(task.model_class, first.model, pretrained)
-        require_direction(task.causal, pretrained)
+        require_fitting(task.model_class, first.model, task.causal, pretrained)
         data = replace(data, tokenizer=data.tokenizer or str(pretrained))
     if first.train.shard and first.lora.rank is not None:
         raise ValueError(
