@@ -6,6 +6,7 @@ got wrong is told in one line, before any work is begun.
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -188,7 +189,8 @@ def user_errors(
     """Turn what is wrong with the user's input into one line and exit code 2.
 
     With all ``kinds`` it encloses the reading and checking of the input, not the work, so that a
-    fault of our own keeps its traceback.
+    fault of our own keeps its traceback. Of several processes that torchrun started the first on
+    each machine prints the line; it may come before they know of each other.
     """
     try:
         yield
@@ -198,7 +200,8 @@ def user_errors(
         message = " ".join(str(error).split())
     else:
         return
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
