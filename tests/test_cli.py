@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,36 @@ def test_help_teaches(maha: Maha, capsys: pytest.CaptureFixture[str], command: s
         maha(command, "--help")
     assert not stopped.value.code
     assert f"  maha {command} " in capsys.readouterr().out.partition("examples:")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "hidden"),
+    [
+        ("eval --help", "--stride STRIDE", "--max_answer_tokens "),
+        ("eval --help question_answering", "--max_answer_tokens ", "stride STRIDE"),
+        ("eval runs/small --help", "--stride STRIDE", "--max_answer_tokens "),
+        ("generate runs/small --help", "Tokens to add. (type: int, default: 8)", "default: 100"),
+        ("train --help question_answering", "--evaluation.max_answer_tokens ", "evaluation.stride"),
+        ("train small.yaml --help", "--evaluation.stride ", "--train.deepspeed "),
+    ],
+)
+def test_help_is_of_a_task(
+    maha: Maha, capsys: pytest.CaptureFixture[str], arguments: str, shown: str, hidden: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        maha(*arguments.split())
+    assert not stopped.value.code
+    text = capsys.readouterr().out
+    assert shown in text
+    assert hidden not in text
+
+
+def test_version(maha: Maha, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        maha("--version")
+    assert not stopped.value.code
+    line = capsys.readouterr().out
+    assert line.startswith(f"maha-attn {version('maha-attn')} (torch {version('torch')}")
 
 
 def test_demo_recipe_is_found_from_anywhere(maha: Maha, mistake: Maha, workplace: Path) -> None:

@@ -1,15 +1,14 @@
-"""Finding data files and seeing what is wrong with them; the novels of the package."""
+"""Finding data files; the novels of the package."""
 
 import gzip
 import hashlib
-import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maha_attn.data.files import embedded_names, find_files, split_text, undecodable
+from maha_attn.data.files import embedded_names, find_files, split_text
 
 
 def test_novels_are_those_of_the_collection(shared_data: Path) -> None:
@@ -46,28 +45,6 @@ def test_here_comes_before_the_samples(tmp_path: Path, monkeypatch: pytest.Monke
 def test_unknown_novel() -> None:
     with pytest.raises(ValueError, match="no novel 'embedded:moby_dick'; there are embedded:alice"):
         find_files("embedded:moby_dick")
-
-
-@pytest.mark.parametrize(
-    ("content", "suffix", "message"),
-    [
-        ("a\ncafé".encode("latin1"), ".txt", r"is not UTF-8: byte 4 of line 2 is 0xe9; convert"),
-        (gzip.compress("é".encode("latin1")), ".txt.gz", "is not UTF-8: byte 1 of line 1"),
-        (b"plain", ".txt.gz", "is no whole gzip file"),
-        (gzip.compress(b"some text" * 99)[:-9], ".txt.gz", "is no whole gzip file"),
-        ("café".encode(), ".txt", None),
-        (gzip.compress("café".encode()), ".txt.gz", None),
-    ],
-    ids=["latin1", "latin1.gz", "not gzip", "cut gzip", "good", "good.gz"],
-)
-def test_undecodable(tmp_path: Path, content: bytes, suffix: str, message: str | None) -> None:
-    file = tmp_path / f"book{suffix}"
-    file.write_bytes(content)
-    found = undecodable(file)
-    if message is None:
-        assert found is None
-    else:
-        assert re.match(message, found or "")
 
 
 @given(st.text(st.sampled_from("ab \n"), min_size=1), st.floats(0.01, 0.99))

@@ -52,15 +52,11 @@ def test_columns_inside_columns(write: Write) -> None:
 
 
 def test_a_row_is_named_by_its_file(write: Write) -> None:
-    files = [write("a.jsonl", ROWS), write("b.csv", ROWS[:2])]
+    files = [write(name, ROWS[:2]) for name in ("a.jsonl", "b.csv", "c.parquet", "d.json")]
     part = load_part(SourceSettings(train=files), "train", COLUMNS)
     assert part is not None
-    assert [part.where(i) for i in (0, 2, 3, 4)] == [
-        f"{files[0]}, row 1",
-        f"{files[0]}, row 3",
-        f"{files[1]}, row 1",
-        f"{files[1]}, row 2",
-    ]
+    places = [f"{file}, row {row}" for file in files for row in (1, 2)]
+    assert [part.where(i) for i in range(8)] == places
 
 
 def test_limit_takes_the_first(write: Write) -> None:
@@ -85,7 +81,15 @@ def test_a_text_file_is_a_document(tmp_path: Path) -> None:
         ('{"sentence": "é", "label": 1}', "a.jsonl", r"a\.jsonl' is not UTF-8: byte 15 of line 1"),
         ("sentence,label\né,1\n", "a.csv", r"a\.csv' is not UTF-8: byte 1 of line 2"),
         ("é", "a.txt", r"a\.txt' is not UTF-8: byte 1 of line 1"),
-        ('{"sentence": "a"', "a.jsonl", r"a\.jsonl' cannot be read as json: JSON parse error"),
+        ('{"sentence": "a"}\n{"sentence": "b"', "a.jsonl",
+         r"a\.jsonl' cannot be read as json: what begins in line 2 is no JSON: Expecting ',' "),
+        ('{"a": 1}\n{"a": 1, "a": 2}', "a.jsonl",
+         r"cannot be read as json: JSON parse error: Column\(/a\) was specified twice$"),
+        ("sentence,label\na,1\nb,2,3\n", "a.csv",
+         r"a\.csv' cannot be read as csv: .*Expected 2 fields in line 3, saw 3$"),
+        ('sentence,label\na,1\n"b,2\n', "a.csv",
+         r"a\.csv' cannot be read as csv: .*EOF inside string starting at line 3$"),
+        ("a\0b", "a.xlsx", r"a\.xlsx' is no text: .*expected text \(\.txt .*\.jsonl"),
         ("", "a.jsonl", r"a\.jsonl' is empty; expected examples"),
         ("sentence,label\n", "a.csv", r"a\.csv' is empty; expected examples"),
         ("no parquet", "a.parquet", r"a\.parquet' cannot be read as parquet"),

@@ -110,7 +110,7 @@ def test_lora_trains_updates_and_the_head_alone(train: Train, tmp_path: Path) ->
     assert all("lora_" in name or "score" in name for name in checkpoint)
 
 
-def test_stopping_early(train: Train, tmp_path: Path) -> None:
+def test_stopping_early(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(
         "sst.yaml",
         *("--train.max_steps=50", "--train.learning_rate=0", "--train.early_stopping_patience=2"),
@@ -119,6 +119,9 @@ def test_stopping_early(train: Train, tmp_path: Path) -> None:
     )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 3
+    best = next(line for line in map(json.loads, lines) if "eval_accuracy" in line)
+    line = f"Stopped early at step 3: accuracy was best at step 1 ({best['eval_accuracy']:.4g})"
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_translating_a_prompt(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,61 @@ def test_the_commands_of_the_guide(workplace: Path, checkout: Path, launcher: st
         assert environment["processes"] == 2
         assert_same_training(workplace / place, workplace / "one")
     assert commands
+
+
+MISTAKES = [
+    ("--train.max_step=1", "did you mean train.max_steps?"),  # before processes know of each other
+    ("--data.train=[nowhere.txt]", "'nowhere.txt' does not exist"),
+    ("--train.output_dir=one", "run folder one is not empty"),
+    ("--resume --train.output_dir=damaged", "cannot resume from damaged/checkpoint-6"),
+]
+TRY_ALL = """
+import sys
+from maha_attn.cli import main
+codes = []
+for mistake in sys.argv[1:]:
+    try:
+        main(["train", "small.yaml", *mistake.split()])
+    except SystemExit as stopped:
+        codes.append(stopped.code)
+print(codes)
+"""
+
+
+def test_a_mistake_is_told_once_and_ends_all_processes(workplace: Path) -> None:
+    cut_off = shutil.ignore_patterns("model", "checkpoint-12")
+    shutil.copytree(workplace / "one", workplace / "damaged", ignore=cut_off)
+    (workplace / "damaged" / "checkpoint-6" / "model.safetensors").write_bytes(b"cut")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {
+        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"},
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRY_ALL, *(mistake for mistake, _ in MISTAKES)],
+            cwd=workplace,
+            env={**os.environ, **launched, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:  # processes that do not hear of each other's end wait for each other
+        (first, told), (second, silent) = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert first.splitlines()[-1] == second.strip() == "[2, 2, 2, 2]", told + silent
+    lines = [line for line in told.splitlines() if line.startswith("maha train: error: ")]
+    for line, (_, message) in zip(lines, MISTAKES, strict=True):
+        assert message in line
+    for text in (told, silent):
+        assert "Traceback" not in text
+    assert "error" not in silent
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,14 @@ def test_variants_change_what_they_name_in_the_order_given(tmp_path: Path) -> No
 
 def test_early_stopping_needs_a_best_model() -> None:
     stop = "--train.early_stopping_patience=3"
-    with pytest.raises(ValueError, match=r"needs train\.load_best_model_at_end: true"):
+    with pytest.raises(
+        ValueError, match=r"needs train\.load_best_model_at_end: .* got 3 .*: false"
+    ):
         load_recipe("recipes/demo.yaml", [stop])
     best = ["--train.load_best_model_at_end=true", "--train.eval_strategy=steps"]
     assert load_recipe("recipes/demo.yaml", [stop, *best]).train.early_stopping_patience == 3
+    with pytest.raises(ValueError, match=r"must be at least 1 and .* got 0 .*: true"):
+        load_recipe("recipes/demo.yaml", ["--train.early_stopping_patience=0", *best])
 
 
 def test_a_recipe_here_comes_before_one_of_the_package(

@@ -1,12 +1,9 @@
 """Where data files are: as named, among the data samples, or a novel of the package."""
 
-import gzip
 import os
 from glob import glob
 from importlib.resources import files
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 EMBEDDED = "embedded:"
 """What a file's name starts with where it means a novel of the package (data/embedded)."""
@@ -55,29 +52,6 @@ def _folders() -> list[Path]:
     """Where relative paths start from."""
     checkout = Path(str(files("maha_attn"))).parents[1]
     return [Path.cwd(), Path(os.environ.get(SAMPLES, checkout.parent / "shared" / "data"))]
-
-
-def undecodable(path: Path) -> str | None:
-    """What is wrong with the bytes of a text file, gzip-compressed if it ends in ``.gz``.
-
-    Returns:
-        The defect and what to do, or None: it is UTF-8 text.
-    """
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            lines = tqdm(file, f"Checking {path.name}", unit=" lines", delay=2)
-            for number, line in enumerate(lines, 1):  # noqa: B007 - named below
-                line.decode()
-    except (gzip.BadGzipFile, EOFError) as error:
-        return f"is no whole gzip file: {error}"
-    except UnicodeDecodeError as error:
-        return (
-            f"is not UTF-8: byte {error.start + 1} of line {number} is "
-            f"0x{error.object[error.start]:02x}; convert it first, for example: "
-            f"iconv -f latin1 -t utf-8 {path.name}"
-        )
-    return None
 
 
 def split_text(text: str, held_out: float) -> tuple[str, str]:

@@ -4,6 +4,7 @@ Everything that a user can get wrong in the data is found here, before training 
 with the file, the row and the field.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from datasets import Dataset, Value, concatenate_datasets, load_dataset
 from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
 from tqdm.auto import tqdm
 
-from maha_attn.data.files import find_files, find_folder, undecodable
+from maha_attn.data.defects import malformed_json, undecodable
+from maha_attn.data.files import find_files, find_folder
 
 Names = str | list[str]
 
@@ -25,7 +27,6 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _DOCUMENT = ("text", {"sample_by": "document"})
 """What has none of these endings is a text file: one document, in the column ``text``."""
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Part:
 
     Args:
         name: train, validation or test.
-        rows: Its examples.
+        rows: Its examples; users count them from 1.
         sources: Which file or split the rows came from, and how many of them.
         columns: The columns of ``rows`` → those of the data, where they are called otherwise.
     """
@@ -82,7 +83,7 @@ class Part:
     columns: dict[str, str] = field(default_factory=dict)
 
     def where(self, row: int) -> str:
-        """The row, counted from 1, as a user finds it: ``sst2/train.jsonl, row 17``."""
+        """The row as a user finds it: ``sst2/train.jsonl, row 17``; a header is no row."""
         for source, num_rows in self.sources:
             if row < num_rows:
                 return f"{source}, row {row + 1}"
@@ -169,8 +170,8 @@ def _load_files(name: str) -> list[tuple[str, Dataset]]:
 
 def _load_file(source: str, path: Path) -> Dataset:
     """The rows of a file."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
-    builder, options = _FORMATS.get(suffixes[-1] if suffixes else "", _DOCUMENT)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    builder, options = _FORMATS.get(suffix, _DOCUMENT)
     if builder != "parquet" and (defect := undecodable(path)):
         raise ValueError(f"data file {source!r} {defect}")
     rows: Any = []
@@ -180,14 +181,26 @@ def _load_file(source: str, path: Path) -> Dataset:
         except StopIteration:  # The JSON builder's, where there is no row.
             pass
         except Exception as error:  # The builders raise whatever their parsers do.
-            reason = error.__cause__ or error
             if "corresponds to no data" not in str(error):  # of a header alone
+                reason = _reason(builder, path, error.__cause__ or error)
                 raise ValueError(
                     f"data file {source!r} cannot be read as {builder}: {reason}"
                 ) from None
     if not len(rows):
         raise ValueError(f"data file {source!r} is empty; expected examples to learn from")
     return rows
+
+
+def _reason(builder: str, path: Path, error: BaseException) -> str:
+    """What a parser found wrong, with the place as a user finds it.
+
+    pyarrow counts a JSON file's rows from 0 in each block of it; pandas most of a CSV file's lines
+    from 1, some from 0.
+    """
+    message = str(error).strip()
+    if builder == "json":
+        return malformed_json(path) or re.sub(r" in row \d+", "", message)
+    return re.sub(r"\brow (\d+)", lambda row: f"line {int(row[1]) + 1}", message)
 
 
 def _load_split(settings: SourceSettings, part: str, split: str) -> tuple[str, Dataset]:

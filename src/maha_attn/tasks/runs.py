@@ -14,14 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from maha_attn.data.tokenizer import load_tokenizer
 from maha_attn.tasks import TASKS, Task
-from maha_attn.training.distributed import is_main_process, main_process_first, wait_for_all
+from maha_attn.training.distributed import main_process_alone, main_process_first, wait_for_all
 from maha_attn.training.model import (
     build_model,
     load_saved,
     require_adaptable,
-    require_backbone,
-    require_direction,
-    require_same,
+    require_fitting,
     require_vocabulary,
     saved_model,
     set_vocabulary,
@@ -114,9 +112,7 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
         recipes = [parse_recipe(parser, raw, path, [*overrides, *place]) for place in places]
     data = first.data
     if pretrained is not None:
-        require_same(first.model, pretrained)
-        require_backbone(task.model_class, first.model, pretrained)
-        require_direction(task.causal, pretrained)
+        require_fitting(task.model_class, first.model, task.causal, pretrained)
         data = replace(data, tokenizer=data.tokenizer or str(pretrained))
     if first.train.shard and first.lora.rank is not None:
         raise ValueError(
@@ -153,21 +149,24 @@ def open_folders(todo: Plan) -> list[tuple[RunFolder, bool]]:
 
     Raises:
         ValueError: A folder holds something that must not be touched, or nothing to resume.
+        RunError: A checkpoint belongs to another run; or, but in the main process, that failed.
     """
     single = len(todo.recipes) == 1
     folders = [RunFolder(Path(recipe.train.output_dir or "")) for recipe in todo.recipes]
     resumed = [
         todo.flags.resume and (single or run.last_checkpoint() is not None) for run in folders
     ]
-    wait_for_all()  # The others have looked before the main process changes anything.
-    if is_main_process():
+
+    def prepare() -> None:
         for run, resume, recipe in zip(folders, resumed, todo.recipes, strict=True):
             if resume:
                 resume_run(str(run.path), recipe.settings)
             else:
                 overwrite = todo.flags.overwrite or todo.flags.resume
                 create_run(str(run.path), recipe.settings, overwrite)
-    wait_for_all()
+
+    wait_for_all()  # The others have looked before the main process changes anything.
+    main_process_alone(prepare)
     return list(zip(folders, resumed, strict=True))
 
 

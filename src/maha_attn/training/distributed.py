@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from maha_attn.training.checkpoint import RunError
+
 T = TypeVar("T")
 
 
@@ -43,14 +45,33 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def main_process_alone(work: Callable[[], object]) -> None:
+    """Do ``work`` in the main process, while the others wait.
+
+    Raises:
+        RunError: In the others: it failed in the main process, which raises what it met.
+    """
+    failed = [is_main_process()]
+    try:
+        if is_main_process():
+            work()
+            failed = [False]
+    finally:
+        if dist.is_initialized():
+            dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise RunError("the main process failed; its message says why")
+
+
 def main_process_first(work: Callable[[], T]) -> T:
-    """Do ``work`` in the main process, then, with its files and caches in place, in the others."""
-    if not is_main_process():
-        wait_for_all()
-    result = work()
-    if is_main_process():
-        wait_for_all()
-    return result
+    """Do ``work`` in the main process, then, with its files and caches in place, in the others.
+
+    Raises:
+        RunError: As :func:`main_process_alone`.
+    """
+    results: list[T] = []
+    main_process_alone(lambda: results.append(work()))
+    return results[0] if results else work()
 
 
 def gather(value: T) -> list[T]:

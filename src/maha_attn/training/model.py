@@ -67,36 +67,43 @@ def with_pretrained(options: dict[str, Any], path: Path) -> dict[str, Any]:
 
     The saved model decides; of ``options`` those count that change no weight's place or meaning.
     """
-    return {k: v for k, v in options.items() if k in _FREE} | pretrained_options(path)
+    shared = _shared_options(AutoConfig.from_pretrained(path))
+    return {k: v for k, v in options.items() if k in _FREE} | shared
 
 
-def pretrained_options(path: Path) -> dict[str, Any]:
+def _shared_options(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of a saved model that another one must share to take over its weights."""
-    config = AutoConfig.from_pretrained(path)
     known = {option.name for option in fields(config)} - _FREE
     return {name: getattr(config, name) for name in sorted(known)}
 
 
-def require_same(config: MahaConfig, path: Path) -> None:
-    """Refuse a model whose weights cannot be those of the saved one.
+def require_fitting(
+    model_class: type[PreTrainedModel], config: MahaConfig, causal: bool | None, path: Path
+) -> None:
+    """Refuse a saved model that another one cannot start from, before anything is done with it.
+
+    Args:
+        model_class: What is to start from it.
+        config: The options of that.
+        causal: Whether a token sees earlier ones alone; None: the model knows.
+        path: The folder of the saved model.
 
     Raises:
-        ValueError: An option differs.
+        ValueError: An option differs; or the saved model never saw a later token, and now all
+            tokens see all; or weights of the backbone are lacking, as in :func:`build_model`.
     """
-    for name, value in pretrained_options(path).items():
+    saved = AutoConfig.from_pretrained(path)
+    for name, value in _shared_options(saved).items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"model.{name} is {getattr(config, name)!r} in the recipe and {value!r} in the "
                 f"pretrained model {path}; leave it out"
             )
-
-
-def require_backbone(model_class: type[PreTrainedModel], config: MahaConfig, path: Path) -> None:
-    """Refuse a saved model that lacks weights of the backbone, before anything is done with it.
-
-    Raises:
-        ValueError: As :func:`build_model`.
-    """
+    if causal is False and getattr(saved, "causal", False):
+        raise ValueError(
+            f"the pretrained model {path} is causal, and in this task every token sees all; start "
+            "from a masked language model (maha train recipes/mlm.yaml)"
+        )
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # What it reports of heads is no defect.
     logging.disable_progress_bar()
@@ -106,19 +113,6 @@ def require_backbone(model_class: type[PreTrainedModel], config: MahaConfig, pat
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def require_direction(causal: bool | None, path: Path) -> None:
-    """Refuse a saved model that never saw a later token for a task in which all tokens see all.
-
-    Raises:
-        ValueError: It is so.
-    """
-    if causal is False and getattr(AutoConfig.from_pretrained(path), "causal", False):
-        raise ValueError(
-            f"the pretrained model {path} is causal, and in this task every token sees all; start "
-            "from a masked language model (maha train recipes/mlm.yaml)"
-        )
 
 
 def require_adaptable(
@@ -140,11 +134,16 @@ def set_vocabulary(
 ) -> None:
     """Take the size of the vocabulary and the special tokens from the tokenizer.
 
+    Args:
+        config: Of the model; one that starts from a pretrained model has that one's vocabulary.
+        tokenizer: What the model is to read.
+        pretrained: The folder of the saved model.
+
     Raises:
         ValueError: The pretrained model has another vocabulary.
     """
     if pretrained is not None:
-        require_vocabulary(tokenizer, AutoConfig.from_pretrained(pretrained), pretrained)
+        require_vocabulary(tokenizer, config, pretrained)
     else:
         config.vocab_size = len(tokenizer)
     config.eos_token_id = cast(int, tokenizer.eos_token_id)

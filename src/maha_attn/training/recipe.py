@@ -62,15 +62,12 @@ class TrainSettings(RunArguments):
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate < 0:
             raise ValueError(f"train.learning_rate must be at least 0, got {self.learning_rate}")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+        patience, best = self.early_stopping_patience, self.load_best_model_at_end
+        if patience is not None and not (patience >= 1 and best):
             raise ValueError(
-                "train.early_stopping_patience must be at least 1, got "
-                f"{self.early_stopping_patience}"
-            )
-        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
-            raise ValueError(
-                "train.early_stopping_patience needs train.load_best_model_at_end: true, with "
-                "eval_strategy and save_strategy the same (steps or epoch)"
+                "train.early_stopping_patience must be at least 1 and needs "
+                "train.load_best_model_at_end: true, with eval_strategy and save_strategy the same "
+                f"(steps or epoch); got {patience} with load_best_model_at_end: {str(best).lower()}"
             )
 
 

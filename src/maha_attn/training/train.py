@@ -6,7 +6,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -16,6 +15,7 @@ from transformers import (
 
 from maha_attn.training.checkpoint import appearing, full_disk_explained
 from maha_attn.training.distributed import is_main_process, shard, wait_for_all
+from maha_attn.training.early_stopping import EarlyStopping
 from maha_attn.training.identity import identify_data, identify_settings
 from maha_attn.training.metrics import MetricsFile
 from maha_attn.training.model import adapt, load_saved
@@ -69,7 +69,7 @@ def train_model(
     """
     callbacks = [MetricsFile(run.metrics), *callbacks]
     if arguments.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+        callbacks.append(EarlyStopping(arguments.early_stopping_patience))
     if arguments.shard:
         shard(model, arguments.device)
     trainer = RunTrainer(

@@ -72,10 +72,13 @@ class RunTrainer(Trainer):
         Raises:
             RunError: The checkpoint is damaged, or belongs to another run.
         """
-        if distributed.is_main_process():
+
+        def check() -> None:
             disk.clear_leftovers(self.folder)
             if checkpoint:
                 check_same_run(checkpoint, disk.verify(checkpoint), self.belongs_to)
+
+        distributed.main_process_alone(check)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def save_to(self, folder: Path) -> None:
