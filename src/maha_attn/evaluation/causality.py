@@ -34,6 +34,7 @@ def check_causal(model: PreTrainedModel, windows: NDArray[np.int64], bf16: bool 
 
     Raises:
         LeakError: A logit changed.
+        ValueError: A logit is not finite.
     """
     config = model.config
     assert isinstance(config, MahaConfig)
@@ -46,6 +47,10 @@ def check_causal(model: PreTrainedModel, windows: NDArray[np.int64], bf16: bool 
             return model.eval()(input_ids=tokens, use_cache=False).logits
 
     known = logits(tokens)
+    if not known.isfinite().all():
+        raise ValueError(
+            "the model's logits are not finite: its training diverged; it has no perplexity"
+        )
     allowed = 0.0
     if not exact:
         allowed = ROUNDING * torch.finfo(known.dtype).eps * known.abs().max().item()
