@@ -40,12 +40,24 @@ class NativeSparseAttention(BaselineAttention):
             project(x).unflatten(-1, (-1, self.spec.head_dim)).contiguous()
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        blocks, selected, window = self.gate_proj(x).unflatten(-1, (-1, 3)).sigmoid().unbind(-1)
-        y = parallel_nsa(q, k, v, blocks, selected, block_counts=SELECTED, block_size=BLOCK)
-        q, k, v = (
-            t.repeat_interleave(self.spec.num_heads // t.shape[2], 2).transpose(1, 2)
-            for t in (q, k, v)
-        )
-        near = scale_attention(q, k, v, window=WINDOW, backend=self.spec.backend)
-        y = y + near.transpose(1, 2) * window[..., None]
-        return self.out_proj(y.flatten(2))
+        gates = self.gate_proj(x).unflatten(-1, (-1, 3)).sigmoid()
+        return self.out_proj(native_sparse(q, k, v, gates, self.spec.backend).flatten(2))
+
+
+def native_sparse(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, backend: str = "auto") -> Tensor:
+    """Attention to block means, to the best blocks and to a window, summed by ``gates``.
+
+    Args:
+        q: ``[B, N, H, K]``.
+        k, v: ``[B, N, H/16, K]``.
+        gates: ``[B, N, H, 3]``.
+        backend: Of the window.
+
+    Returns:
+        ``[B, N, H, K]``.
+    """
+    blocks, selected, window = gates.unbind(-1)
+    y = parallel_nsa(q, k, v, blocks, selected, block_counts=SELECTED, block_size=BLOCK)
+    q, k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2).transpose(1, 2) for t in (q, k, v))
+    near = scale_attention(q, k, v, window=WINDOW, backend=backend)
+    return y + near.transpose(1, 2) * window[..., None]

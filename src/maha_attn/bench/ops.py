@@ -185,16 +185,18 @@ def _flash_attn_window(inputs: list[Tensor], window: int, work: Work) -> Side | 
 
 
 def _native_sparse(inputs: list[Tensor]) -> Side | str:
-    """All query heads over one key head, as it requires: fewer keys to read than the others."""
+    """A key head for 16 heads of queries, as it requires: fewer keys to read than the others."""
     if importlib.util.find_spec("fla") is None:
         return "not installed"
-    from fla.ops.nsa import parallel_nsa  # pyright: ignore[reportMissingImports]
+    from maha_attn.baselines.native_sparse import GROUP, native_sparse
 
     q, k, v = (t.transpose(1, 2) for t in inputs)
-    q, k, v = (t.detach().contiguous().requires_grad_() for t in (q, k[:, :, :1], v[:, :, :1]))
-    gates = [torch.rand(q.shape[:3], device=q.device, dtype=q.dtype) for _ in range(3)]
-    run = partial(parallel_nsa, q, k, v, *gates, block_counts=16, block_size=64, window_size=512)
-    return Side(run, [q, k, v])
+    if q.shape[2] % GROUP:
+        return f"needs a multiple of {GROUP} heads"
+    shared = (t[:, :, ::GROUP] for t in (k, v))
+    q, k, v = (t.detach().contiguous().requires_grad_() for t in (q, *shared))
+    gates = torch.rand(*q.shape[:3], 3, device=q.device, dtype=q.dtype)
+    return Side(partial(native_sparse, q, k, v, gates), [q, k, v])
 
 
 def too_large(backend: SDPBackend, options: argparse.Namespace, length: int) -> str | None:
