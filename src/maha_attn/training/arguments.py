@@ -10,6 +10,9 @@ from transformers import TrainingArguments
 class RunArguments(TrainingArguments):
     """transformers' TrainingArguments and one more. A process trains on one GPU.
 
+    A loss that is no number is logged as such (``logging_nan_inf_filter`` is off): the filter would
+    hide that a run diverged, and wait for the device at every step to do so.
+
     Args:
         shard: Divide parameters, gradients and optimizer state among the processes (FSDP2) instead
             of copying the model to each; docs/distributed.md.
@@ -21,6 +24,7 @@ class RunArguments(TrainingArguments):
     """
 
     shard: bool = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "deepspeed"):

@@ -15,6 +15,7 @@ from transformers import (
 
 from maha_attn.training.checkpoint import appearing, full_disk_explained
 from maha_attn.training.distributed import is_main_process, shard, wait_for_all
+from maha_attn.training.divergence import StopDiverged
 from maha_attn.training.early_stopping import EarlyStopping
 from maha_attn.training.identity import identify_data, identify_settings
 from maha_attn.training.metrics import MetricsFile
@@ -65,9 +66,10 @@ def train_model(
         callbacks: More of the Trainer's callbacks.
 
     Raises:
-        RunError: The checkpoint is damaged or belongs to another run, or the disk is full.
+        RunError: The checkpoint is damaged or belongs to another run, the disk is full, or the loss
+            is no number.
     """
-    callbacks = [MetricsFile(run.metrics), *callbacks]
+    callbacks = [MetricsFile(run.metrics), StopDiverged(), *callbacks]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(arguments.early_stopping_patience))
     if arguments.shard:

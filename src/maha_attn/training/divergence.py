@@ -1,0 +1,33 @@
+"""Stopping a run whose loss is no number any more."""
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from maha_attn.training.checkpoint import RunError
+
+
+class StopDiverged(TrainerCallback):
+    """Ends a run when a logged loss is not finite: no later step would mend it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the loss.
+
+        Raises:
+            RunError: It is infinite or no number.
+        """
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"training diverged: the loss is {loss} after step {state.global_step}; begin "
+                f"again with a lower train.learning_rate (now {args.learning_rate:g}), more "
+                "train.warmup_steps or a lower train.max_grad_norm, or in another precision"
+            )
