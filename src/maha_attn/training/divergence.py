@@ -19,12 +19,13 @@ class StopDiverged(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the loss.
+        """Look at the loss, or at the end at the mean of all steps.
 
         Raises:
             RunError: It is infinite or no number.
         """
-        loss = (logs or {}).get("loss", 0.0)
+        logs = logs or {}
+        loss = logs.get("loss", logs.get("train_loss", 0.0))
         if not math.isfinite(loss):
             raise RunError(
                 f"training diverged: the loss is {loss} after step {state.global_step}; begin "
