@@ -8,7 +8,7 @@ import torch
 from maha_attn import AttentionCache, MultiscaleAttention
 
 pytest.importorskip("triton")
-from maha_attn.ops.triton import fusion, pyramid, rotary, scale_attention
+from maha_attn.ops.triton import fusion, operator, pyramid, rotary, scale_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,6 +49,29 @@ def test_forward_and_every_gradient(make_layer, options):
         results.append((y, info.weights, *grads))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion": "nash"}, {"queries": "fine"}], ids=str)
+def test_past_the_dispatcher_as_through_it(make_layer, options, monkeypatch):
+    layer = make_layer(backend="triton", **options).to(DEVICE)
+    x = torch.randn(2, 21, 16, device=DEVICE, requires_grad=True)
+
+    def step():
+        return [y := layer(x), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    straight = step()
+    monkeypatch.setattr(operator, "_is_watched", lambda flat: True)
+    for a, b in zip(straight, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fusion", ["convex", "nash"])
+def test_a_second_derivative_is_refused(make_layer, fusion):
+    layer = make_layer(backend="triton", fusion=fusion).to(DEVICE)
+    x = torch.randn(2, 21, 16, device=DEVICE, requires_grad=True)
+    loss = layer(x).square().sum()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 LIMITS = [

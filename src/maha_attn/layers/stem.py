@@ -87,6 +87,8 @@ class _Stem(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         from maha_attn.ops.triton.pyramid import backward_into
 
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("the layer on kernels is differentiable once, not twice")
         lengths, x, *saved = ctx.saved_tensors
         dbase, dtail, *dothers = grads[: 1 + ctx.count]
         dscales = grads[1 + ctx.count :]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -47,8 +46,10 @@ class Operator:
         """Run, through the dispatcher if compilers, modes, transforms or subclasses want it."""
         if torch.compiler.is_compiling() or _is_watched(flat := _flat(arguments)):
             return self.custom(*arguments)
-        if self.save is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return self.run(*arguments)
+        if self.save is None:  # The custom operator refuses to be differentiated.
+            return self.custom(*arguments)
         result = _Differentiable.apply(self, _layout(arguments), *flat)
         return list(result)  # pyright: ignore[reportArgumentType]
 
@@ -72,7 +73,6 @@ class _Differentiable(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         nested = ctx.op.differentiate(ctx, *([list(grads)] if ctx.is_list else grads))
         flat = []
