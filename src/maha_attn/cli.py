@@ -25,6 +25,7 @@ Prints a table and writes a result file with everything needed to repeat it.
   maha bench layer      the whole layer, from tokens to tokens
   maha bench decode     one more token by the cache of a long past, against full attention
   maha bench cost       every attention and length: FLOPs, time, throughput, memory
+  maha bench first_call what compiling takes, in a process that finds nothing compiled
   maha bench qp         the fusion solver: `speed`, or `certificates` of a million problems a set
 
 examples:
@@ -128,11 +129,11 @@ def bench(arguments: list[str]) -> None:
     """``maha bench``."""
     parser = argparse.ArgumentParser(
         prog="maha bench",
-        usage="maha bench {ops,layer,decode,cost,qp} ...",
+        usage="maha bench {ops,layer,decode,cost,first_call,qp} ...",
         description=BENCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ("ops", "layer", "decode", "cost", "qp")
+    kinds = ("ops", "layer", "decode", "cost", "first_call", "qp")
     parser.add_argument("what", choices=kinds, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments[:1])
     module = importlib.import_module(f"maha_attn.bench.{chosen.what}")

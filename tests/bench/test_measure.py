@@ -87,6 +87,17 @@ def test_decode(tmp_path):
     assert "cuDNN" not in " ".join(ran), "there is none on a CPU"
 
 
+def test_first_call(tmp_path, capsys):
+    output = tmp_path / "first.json"
+    sizes = ["--width=32", "--heads=2", "--length=64", "--dtype=fp32"]
+    main(["bench", "first_call", "--device=cpu", *sizes, f"--output={output}"])
+    document = json.loads(output.read_text())
+    assert document["commit"]
+    assert min(document["seconds"].values()) > 0
+    assert set(document["seconds"]) == {"start", "training", "decoding"}
+    assert "training" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("queries", ["coarse", "fine"])
 def test_a_step_reads_what_its_due_queries_see(queries):
     spec = AttentionSpec(hidden_size=8, num_heads=1, num_scales=3, window=4, queries=queries)

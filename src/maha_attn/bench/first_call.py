@@ -1,0 +1,88 @@
+"""``maha bench first_call``: what the first calls take in a process that finds nothing compiled."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maha_attn.bench.measure import DTYPES, provenance
+from maha_attn.layers.attention import MultiscaleAttention
+from maha_attn.layers.cache import AttentionCache
+from maha_attn.spec import AttentionSpec
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure in a process of its own, print, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="maha bench first_call",
+        description="Time the first training step and the first decoded token of a layer, with an "
+        "empty cache of compiled kernels. A busy host takes longer: let nothing run beside it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--width", type=int, default=1024, help="D")
+    parser.add_argument("--heads", type=int, default=16, help="H")
+    parser.add_argument("--length", type=int, default=4096, help="N")
+    parser.add_argument("--fusion", default="convex")
+    parser.add_argument("--output", type=Path, default=Path("results/bench-first-call.json"))
+    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.inner:
+        print(json.dumps(_measure(options)))
+        return
+    given = sys.argv[1:] if arguments is None else arguments
+    with tempfile.TemporaryDirectory() as cache:
+        inner = subprocess.run(
+            [sys.executable, "-m", "maha_attn.bench.first_call", *given, "--inner"],
+            env=os.environ | {"TRITON_CACHE_DIR": cache},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    seconds = json.loads(inner.stdout)
+    print("\n".join(f"{name:<10}{value:8.1f} s" for name, value in seconds.items()))
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    command = " ".join(["maha bench first_call", *given])
+    document = provenance(command, settings, torch.device(options.device)) | {"seconds": seconds}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {options.output}")
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the device's own start, of a training step, of a decoded token."""
+    device, times = torch.device(options.device), [time.perf_counter()]
+
+    def note() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+
+    spec = AttentionSpec(hidden_size=options.width, num_heads=options.heads, fusion=options.fusion)
+    layer = MultiscaleAttention(spec).to(device, DTYPES[options.dtype])
+    x = torch.randn(1, options.length, options.width, device=device, dtype=DTYPES[options.dtype])
+    note()
+    y = layer(x.requires_grad_())
+    assert isinstance(y, torch.Tensor)
+    y.sum().backward()
+    note()
+    with torch.no_grad():
+        cache = AttentionCache(spec)
+        layer(x, cache=cache)
+        layer(x[:, :1], cache=cache)
+    note()
+    seconds = [after - before for before, after in pairwise(times)]
+    return dict(zip(("start", "training", "decoding"), seconds, strict=True))
+
+
+if __name__ == "__main__":
+    main()
