@@ -65,6 +65,19 @@ def test_past_the_dispatcher_as_through_it(make_layer, options, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_compiled_in_one_graph(make_layer):
+    layer = make_layer(backend="triton").to(DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 21, 16, device=DEVICE, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    ours, expected = (
+        [y := module(x), *torch.autograd.grad(y.square().sum(), inputs)]
+        for module in (compiled, layer)
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fusion", ["convex", "nash"])
 def test_a_second_derivative_is_refused(make_layer, fusion):
     layer = make_layer(backend="triton", fusion=fusion).to(DEVICE)

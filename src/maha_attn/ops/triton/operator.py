@@ -26,8 +26,10 @@ class Operator:
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
         self.run = run
-        self.custom = torch.library.custom_op(name, run, mutates_args=())
-        self.register_fake = self.custom.register_fake
+        self.definition = torch.library.custom_op(name, run, mutates_args=())
+        self.register_fake = self.definition.register_fake
+        namespace, _, plain = name.partition("::")
+        self.dispatched = getattr(getattr(torch.ops, namespace), plain).default
         self.save: Callable[..., None] | None = None
 
     def register_autograd(
@@ -40,16 +42,16 @@ class Operator:
         ``requires_grad`` instead.
         """
         self.differentiate, self.save = differentiate, save
-        self.custom.register_autograd(differentiate, setup_context=save)
+        self.definition.register_autograd(differentiate, setup_context=save)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run, through the dispatcher if compilers, modes, transforms or subclasses want it."""
         if torch.compiler.is_compiling() or _is_watched(flat := _flat(arguments)):
-            return self.custom(*arguments)
+            return self.dispatched(*arguments)
         if not torch.is_grad_enabled():
             return self.run(*arguments)
         if self.save is None:  # The custom operator refuses to be differentiated.
-            return self.custom(*arguments)
+            return self.dispatched(*arguments)
         result = _Differentiable.apply(self, _layout(arguments), *flat)
         return list(result)  # pyright: ignore[reportArgumentType]
 
