@@ -322,3 +322,21 @@ def test_mistakes_are_told_before_anything_is_made(
 def test_unknown_task(mistake: Mistake, place: Path) -> None:
     (place / "bad.yaml").write_text("task: parsing\ndata: {train: a}")
     assert "task must be one of language_modeling, masked" in mistake("bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "named"),
+    [
+        ("sst.yaml", ["--model.layer_types=[mamba2]"], "mamba2 has no bidirectional form"),
+        ("sst.yaml", ["--model.layer_types=[performer]"], "performer would take padding for text"),
+        (
+            "sst.yaml",
+            ["--model.layer_types=[linformer]", "--model.max_position_embeddings=8"],
+            "linformer is made for rows of one length; set model.max_position_embeddings (now 8)",
+        ),
+    ],
+)
+def test_a_model_that_cannot_do_its_task(
+    mistake: Mistake, recipe: str, changes: list[str], named: str
+) -> None:
+    assert named in mistake(recipe, "--model.num_hidden_layers=1", *changes)

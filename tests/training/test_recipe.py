@@ -71,6 +71,14 @@ def test_variants_change_what_they_name_in_the_order_given(tmp_path: Path) -> No
         read_recipe(str(file), ["wrong"])
 
 
+def test_a_schedule_must_have_what_it_needs() -> None:
+    bare = "--train.lr_scheduler_type=cosine_with_min_lr"
+    with pytest.raises(ValueError, match=r"train\.lr_scheduler_type cosine_with_min_lr .* None: "):
+        load_recipe("recipes/demo.yaml", [bare])
+    whole = '--train.lr_scheduler_kwargs={"min_lr": 1.0e-5}'
+    assert load_recipe("recipes/demo.yaml", [bare, whole]).train.lr_scheduler_kwargs
+
+
 def test_early_stopping_needs_a_best_model() -> None:
     stop = "--train.early_stopping_patience=3"
     with pytest.raises(

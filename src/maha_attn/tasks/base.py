@@ -30,6 +30,8 @@ class Task(ABC):
     evaluation_class: ClassVar[type]
     causal: ClassVar[bool | None] = None
     """Whether a token of its models sees earlier ones alone; None: the model knows."""
+    pads: ClassVar[bool] = True
+    """Whether rows of one batch differ in length."""
     usage: ClassVar[str] = ""
     """Python that uses a saved model which writes no text; ``{folder!r}`` is where it is."""
 
@@ -56,6 +58,11 @@ class Task(ABC):
         """Set what the task decides about the model, beside its vocabulary."""
         if self.causal is not None:
             config.causal = self.causal
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may have."""
+        return self.data.max_length
 
     def measures(self) -> set[str]:
         """What is measured on the validation part beside the loss, while a model is trained."""

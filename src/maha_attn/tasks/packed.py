@@ -14,6 +14,7 @@ from maha_attn.training.recipe import Recipe
 class PackedDocuments(Task):
     """Documents, tokenised and packed into rows."""
 
+    pads = False
     framed: ClassVar[bool]
     """Whether the tokenizer has START and MASK."""
 
@@ -35,6 +36,11 @@ class PackedDocuments(Task):
                 f"data.train holds {tokens} tokens, less than one row of {length} "
                 "(data.sequence_length): give more text, or lower data.sequence_length"
             )
+
+    @property
+    def longest(self) -> int:
+        """Every row has as many tokens."""
+        return self.data.sequence_length
 
     def describe(self) -> str:
         """Characters and documents."""

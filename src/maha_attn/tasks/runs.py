@@ -18,6 +18,7 @@ from maha_attn.training.distributed import main_process_alone, main_process_firs
 from maha_attn.training.model import (
     build_model,
     load_saved,
+    require_able,
     require_adaptable,
     require_fitting,
     require_vocabulary,
@@ -138,9 +139,11 @@ def plan(path: str, overrides: list[str], flags: Flags) -> Plan:
         )
     for recipe in recipes:
         set_vocabulary(recipe.model, made.tokenizer, pretrained)
+        recipe.settings["model"]["vocab_size"] = recipe.model.vocab_size
         made.configure(recipe.model)
         if task.causal is not None:
             recipe.settings["model"]["causal"] = task.causal
+    require_able(task.model_class, first.model, made.longest, made.pads)
     return Plan(task=made, recipes=recipes, pretrained=pretrained, folder=folder, flags=flags)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from maha_attn.baselines import ATTENTIONS
 from maha_attn.models import MahaConfig, MahaSeq2SeqConfig
 from maha_attn.training.recipe import LoraSettings
 from maha_attn.training.run_folder import refuse_pickle
@@ -75,6 +76,39 @@ def _shared_options(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of a saved model that another one must share to take over its weights."""
     known = {option.name for option in fields(config)} - _FREE
     return {name: getattr(config, name) for name in sorted(known)}
+
+
+def require_able(
+    model_class: type[PreTrainedModel], config: MahaConfig, longest: int, pads: bool
+) -> None:
+    """Check that a model of these options can do its task, before there is one.
+
+    Args:
+        model_class: The model's.
+        config: Its options, the task's own set.
+        longest: Tokens that a row may have.
+        pads: Whether rows of one batch differ in length.
+
+    Raises:
+        ModuleNotFoundError: An attention's library is not installed.
+        ValueError: An attention lacks the direction, takes no rows so long, or no padding.
+    """
+    with torch.device("meta"):
+        model_class(config)
+    for name in dict.fromkeys(map(config.layer_type, range(config.num_hidden_layers))):
+        attention = ATTENTIONS[name]
+        if not attention.any_length and config.max_position_embeddings < longest:
+            raise ValueError(
+                f"model.layer_types: {name} is made for rows of one length; set "
+                f"model.max_position_embeddings (now {config.max_position_embeddings}) to the "
+                f"{longest} tokens that a row may have"
+            )
+        if pads and attention.padding == "counted":
+            able = ", ".join(n for n, a in ATTENTIONS.items() if a.padding != "counted")
+            raise ValueError(
+                f"model.layer_types: {name} would take padding for text, and rows of this task "
+                f"differ in length; choose among {able}"
+            )
 
 
 def require_fitting(

@@ -17,7 +17,7 @@ import torch
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, get_scheduler
 
 from maha_attn.models import MahaConfig
 from maha_attn.spec import AttentionSpec
@@ -60,6 +60,19 @@ class TrainSettings(RunArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
+                num_warmup_steps=0,
+                num_training_steps=1,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"train.lr_scheduler_type {self.lr_scheduler_type.value} cannot be made with "
+                f"train.lr_scheduler_kwargs {self.lr_scheduler_kwargs}: {error}"
+            ) from error
         if self.learning_rate < 0:
             raise ValueError(f"train.learning_rate must be at least 0, got {self.learning_rate}")
         patience, best = self.early_stopping_patience, self.load_best_model_at_end
