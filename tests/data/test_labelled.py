@@ -1,6 +1,7 @@
 """Labelled texts: numbers for labels, rows of tokens, and every wrong row named."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,30 @@ def test_bad_labels(write: Write, label: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"dev\.jsonl, row 1, field 'label'") as error:
         load_labelled(LabelledSettings(train=train, validation=dev))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((0, 1, 9), "row 3, .*one of 0, 1, 2, .*; got 9; data.labels names the classes"),
+        ((0, 900_000), "row 2, .*; got 900000; data"),
+        ((0, 0), "row 1, .*expected two or more classes, got 0 in every row"),
+        ((None, None), "row 1, .*expected a number from 0 or a name of a class, got None"),
+        (([1], [0]), r"row 1, .*got \[1\]"),
+        ((1, "good"), "row 2, .*expected numbers or names alone, got 1 and 'good'"),
+    ],
+)
+def test_bad_labels_where_none_are_named(write: Write, labels: Any, message: str) -> None:
+    file = write("a.jsonl", [{"text": "a", "label": label} for label in labels])
+    with pytest.raises(ValueError, match=rf"a\.jsonl, {message}"):
+        load_labelled(LabelledSettings(train=file, validation=file))
+
+
+def test_a_missing_label_in_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\ngood,1\nso,\nbad,0\n")
+    file = str(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"a\.csv, row 2, field 'label': .*got None"):
+        load_labelled(LabelledSettings(train=file, validation=file))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -101,6 +103,20 @@ def test_bad_files(tmp_path: Path, content: str, name: str, message: str) -> Non
     (tmp_path / name).write_bytes(content.encode("latin1"))
     with pytest.raises(ValueError, match=message):
         load_part(SourceSettings(train=str(tmp_path / name)), "train", COLUMNS)
+
+
+def test_other_bytes_that_arrow_takes(tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes('{"text": "good"}\n{"text": "café"}\n'.encode("latin1"))
+    hub = SourceSettings(dataset=str(folder), train="train")
+    column = pa.array([b"good", "café".encode("latin1")], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 2, column.buffers())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    file = SourceSettings(train=str(tmp_path / "a.parquet"))
+    for settings, place in ((hub, "films train"), (file, r"a\.parquet")):
+        with pytest.raises(ValueError, match=f"{place}, row 2, field 'text': expected UTF-8"):
+            load_part(settings, "train", {"text": "text"})
 
 
 def test_files_that_do_not_agree(write: Write) -> None:

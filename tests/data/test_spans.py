@@ -1,5 +1,6 @@
 """Windows of long contexts: every character of an answer is where the tokens say."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +101,27 @@ def test_genuine_answers_survive_tokenising(shared_data: Path) -> None:
             "row 2, field 'answers.text': has 1 text but 2 answer_start",
         ),
         ({"context": ""}, "row 2, field 'context': is empty"),
+        ({"answers": None}, r"row 2, field 'answers\.text': expected a list of texts, got None"),
+        (
+            {"answers": {"text": [None], "answer_start": [0]}},
+            r"row 2, field 'answers\.text': expected a list of texts, got \[None\]",
+        ),
+        (
+            {"answers": {"text": "The", "answer_start": 0}},
+            r"row 2, field 'answers\.text': expected a list of texts, got 'The'",
+        ),
+        *(
+            (
+                {"answers": {"text": ["1912."], "answer_start": starts}},
+                r"row 2, field 'answers\.answer_start': expected a list of whole numbers from 0, "
+                rf"got {re.escape(repr(starts))}",
+            )
+            for starts in (None, [None], 4, ["four"], [-5])
+        ),
+        (
+            {"answers": {"text": ["The"], "answer_start": [0.0]}},
+            r"'answers\.answer_start': expected a list of whole numbers .* \(a fraction, 1\.0 too",
+        ),
     ],
 )
 def test_bad_rows(write: Write, row: dict[str, Any], message: str) -> None:

@@ -35,7 +35,7 @@ class LabelledSettings(ExampleSettings):
     Args:
         columns: Which columns mean what.
         labels: Names of the classes, in the order of their numbers. Left out, they are those of
-            the dataset, or the values that the training part has.
+            the dataset, or the values that the training part has: names, or all numbers from 0.
         truncate: Cut rows of more than max_length tokens; else one is an error.
     """
 
@@ -78,10 +78,23 @@ def load_labelled(settings: LabelledSettings) -> Labelled:
     parts = load_parts(settings, columns)
     for part in parts.values():
         part.require_text(*(name for name in ("text", "pair") if name in columns))
+        _require_labels(part)
     labels = settings.labels or _labels(parts["train"])
     return Labelled(
         parts={name: _number(part, labels) for name, part in parts.items()}, labels=labels
     )
+
+
+def _require_labels(part: Part) -> None:
+    """Refuse what is no label; 1.0 and True are not taken for 1.
+
+    A row without a label is looked for first: in a CSV file, it makes fractions of all numbers.
+    """
+    found = part.first("label", lambda label: label is None)
+    found = found or part.first("label", lambda label: type(label) not in (int, str))
+    if found:
+        row, label = found
+        part.refuse(row, "label", f"expected a number from 0 or a name of a class, got {label!r}")
 
 
 def _labels(train: Part) -> list[str]:
@@ -89,32 +102,33 @@ def _labels(train: Part) -> list[str]:
     kind = train.rows.features["label"]
     if isinstance(kind, ClassLabel):
         return list(kind.names)
-    found = {label for label in train.rows.unique("label") if label is not None}
-    if all(isinstance(label, int) for label in found):
-        return [str(i) for i in range(max(found) + 1)]
-    return sorted(map(str, found))
+    first = train.rows[0]["label"]
+    if mixed := train.first("label", lambda label: type(label) is not type(first)):
+        row, label = mixed
+        train.refuse(row, "label", f"expected numbers or names alone, got {first!r} and {label!r}")
+    found = set(train.rows["label"])
+    if len(found) < 2:
+        train.refuse(0, "label", f"expected two or more classes, got {first!r} in every row")
+    return [str(i) for i in range(len(found))] if isinstance(first, int) else sorted(found)
 
 
 def _number(part: Part, labels: list[str]) -> Part:
     """Labels as numbers, each of them one of the classes."""
     number = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
-    if wrong := part.first("label", lambda label: _unknown(label, number)):
+    if wrong := part.first("label", lambda label: label not in number):
         row, label = wrong
-        hint = "; a part whose labels are hidden cannot be scored" if label == -1 else ""
+        hint = "data.labels names the classes"
+        if label == -1:
+            hint = "a part whose labels are hidden cannot be scored"
         part.refuse(
             row,
             "label",
             f"expected one of {', '.join(labels)}, or a number from 0 to {len(labels) - 1}; got "
-            f"{label!r}{hint}",
+            f"{label!r}; {hint}",
         )
     numbers = [number[label] for label in part.rows["label"]]
     rows = part.rows.remove_columns("label").add_column("label", numbers)  # pyright: ignore[reportCallIssue]
     return replace(part, rows=rows)
-
-
-def _unknown(label: Any, number: dict[Any, int]) -> bool:
-    """Whether a label is none of the classes; 1.0 and True are not taken for 1."""
-    return type(label) not in (int, str) or label not in number
 
 
 def encode(part: Part, tokenizer: PreTrainedTokenizerFast, settings: LabelledSettings) -> Dataset:

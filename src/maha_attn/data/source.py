@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
 from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
+from pyarrow import ArrowInvalid, Scalar
 from tqdm.auto import tqdm
 
 from maha_attn.data.defects import malformed_json, undecodable
@@ -115,6 +116,25 @@ class Part:
                     row, name, empty if isinstance(value, str) else f"expected text, got {value!r}"
                 )
 
+    def require_utf8(self) -> None:
+        """Refuse bytes that are no text, which Arrow takes from some files as they come."""
+        for name in self.rows.column_names:
+            column = self.rows.data.column(name)
+            try:
+                column.validate(full=True)
+            except ArrowInvalid as error:
+                row = next((i for i, value in enumerate(column) if _undecodable(value)), 0)
+                self.refuse(row, name, f"expected UTF-8, got other bytes ({error})")
+
+
+def _undecodable(value: Scalar) -> bool:
+    """Whether a value of an Arrow column holds text that is not UTF-8."""
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return True
+    return False
+
 
 def load_parts(settings: SourceSettings, columns: dict[str, str]) -> dict[str, Part]:
     """Load the parts that there are: train, and validation and test if the settings name them."""
@@ -134,7 +154,8 @@ def load_part(settings: SourceSettings, part: str, columns: dict[str, str]) -> P
         The rows, with ``columns``' keys only; None: the settings name no such part.
 
     Raises:
-        ValueError: A file or dataset is missing or cannot be read, or a column is not there.
+        ValueError: A file or dataset is missing or cannot be read, a column is not there, or text
+            is not UTF-8.
     """
     names = getattr(settings, part)
     if not names:
@@ -158,7 +179,9 @@ def load_part(settings: SourceSettings, part: str, columns: dict[str, str]) -> P
         ) from None
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
-    return Part(part, rows, [(source, len(piece)) for source, piece in renamed], columns)
+    loaded = Part(part, rows, [(source, len(piece)) for source, piece in renamed], columns)
+    loaded.require_utf8()
+    return loaded
 
 
 def _load_files(name: str) -> list[tuple[str, Dataset]]:

@@ -86,10 +86,19 @@ def load_spans(settings: SpanSettings) -> dict[str, Part]:
 
 
 def _require_answers(part: Part) -> None:
-    """Refuse answers that are not in their contexts."""
+    """Refuse answers that are no such lists, or not in their contexts."""
     examples = zip(part.rows["context"], part.rows["texts"], part.rows["starts"], strict=True)
     checked = tqdm(examples, f"Checking {part.name}", len(part.rows), delay=2)
     for row, (context, texts, starts) in enumerate(checked):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            part.refuse(row, "texts", f"expected a list of texts, got {texts!r:.80}")
+        if not isinstance(starts, list) or not all(type(i) is int and i >= 0 for i in starts):
+            part.refuse(
+                row,
+                "starts",
+                f"expected a list of whole numbers from 0, got {starts!r:.80} "
+                "(a fraction, 1.0 too, makes fractions of all numbers of a file)",
+            )
         if len(texts) != len(starts):
             part.refuse(row, "texts", f"has {len(texts)} text but {len(starts)} answer_start")
         for text, start in zip(texts, starts, strict=True):
