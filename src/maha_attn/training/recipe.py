@@ -17,7 +17,7 @@ import torch
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from transformers import PreTrainedConfig, get_scheduler
+from transformers import PreTrainedConfig, SchedulerType, get_scheduler
 
 from maha_attn.models import MahaConfig
 from maha_attn.spec import AttentionSpec
@@ -66,12 +66,13 @@ class TrainSettings(RunArguments):
                 torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
                 num_warmup_steps=0,
                 num_training_steps=1,
-                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,  # pyright: ignore
             )
         except (TypeError, ValueError) as error:
+            kind = SchedulerType(self.lr_scheduler_type).value
             raise ValueError(
-                f"train.lr_scheduler_type {self.lr_scheduler_type.value} cannot be made with "
-                f"train.lr_scheduler_kwargs {self.lr_scheduler_kwargs}: {error}"
+                f"train.lr_scheduler_type {kind} cannot be made with train.lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs}: {error}"
             ) from error
         if self.learning_rate < 0:
             raise ValueError(f"train.learning_rate must be at least 0, got {self.learning_rate}")
