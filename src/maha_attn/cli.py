@@ -109,6 +109,7 @@ def evaluate(arguments: list[str]) -> None:
         recipe = work.stored_recipe(run, asdict(settings))
         kind, model, _ = work.load_model(run)
         task = kind(recipe)
+        task.require_model(model)
     show(work.judge(task, model, recipe, run), run.evaluation, run.picture)
 
 

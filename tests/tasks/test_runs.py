@@ -265,6 +265,23 @@ def test_a_head_for_other_classes_begins_anew(train: Train, tmp_path: Path) -> N
     assert after["score.weight"].shape[0] == 3
 
 
+def test_a_model_is_not_judged_by_other_classes(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("sst.yaml", "--data.labels=[bad,good]")
+    stored = tmp_path / "run" / "recipe.yaml"
+    text = stored.read_text()
+    assert "  - good\n" in text
+    stored.write_text(text.replace("  - good\n", "  - good\n  - fine\n"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        "the data have the classes bad, good, fine, and the model was trained for bad, good" in said
+    )
+
+
 def test_the_decoder_is_the_pretrained_ones(train: Train, tmp_path: Path) -> None:
     first = tmp_path / "first"
     train("ende.yaml", "--model.num_decoder_layers=2", f"--train.output_dir={first}")

@@ -64,6 +64,13 @@ class Task(ABC):
         """Tokens that a row may have."""
         return self.data.max_length
 
+    def require_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
+        """Check that a trained model can be judged by this data.
+
+        Raises:
+            ValueError: It was trained for something else.
+        """
+
     def measures(self) -> set[str]:
         """What is measured on the validation part beside the loss, while a model is trained."""
         return set()

@@ -49,6 +49,15 @@ class SequenceClassification(Task):
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: i for i, label in enumerate(self.labels)}
 
+    def require_model(self, model: PreTrainedModel) -> None:
+        """Its classes must be the data's."""
+        known = list((model.config.id2label or {}).values())
+        if known != self.labels:
+            raise ValueError(
+                f"the data have the classes {', '.join(self.labels)}, and the model was trained "
+                f"for {', '.join(known)}; give it data of its own classes, or train it anew"
+            )
+
     def measures(self) -> set[str]:
         """What two texts of two classes are scored by."""
         return set(classification_scores(np.eye(2), np.arange(2)))
