@@ -35,7 +35,7 @@ examples:
   maha train recipes/demo.yaml
   maha train recipes/demo.yaml --train.max_steps=20 --train.output_dir=runs/short
   maha train recipes/demo.yaml --data.train='[my-book.txt]' --train.output_dir=runs/my-book
-  maha train recipes/sst2.yaml --data.train=my.csv --data.validation=my-validation.csv
+  maha train recipes/sst2.yaml --data.train=my.csv --data.validation=more.csv --data.test=null
   maha train recipes/mlm.yaml
   maha train recipes/sst2.yaml --pretrained runs/mlm --seeds 1,2,3
   maha train recipes/demo.yaml --print_config     show all settings and stop
