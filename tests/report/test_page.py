@@ -77,13 +77,22 @@ def test_speeds_of_other_commits_and_fewer_seeds_are_marked(add: Add, tmp_path: 
     (section,) = (s for s in make_report(tmp_path).sections if s.exhibit.name == "table2")
     (table,) = section.tables
     column = table.columns.index("training, 1000 tokens/s")
-    assert [row[column] for row in table.rows] == ["100.0 † (1)"] * 3
-    for row, commit in (("mean", "a" * 40), ("static", "a" * 40), ("gate", "b" * 40)):
-        add("ablations", row, 2, **language_model(2.0, tokens_per_s=None), commit=commit)
-    (section,) = (s for s in make_report(tmp_path).sections if s.exhibit.name == "table2")
-    (table,) = section.tables
     assert [row[column] for row in table.rows] == ["100.0 (1)", "100.0 (1)", "100.0 † (1)"]
     assert "† measured at another commit than aaaaaaaaa." in table.notes
+
+
+def test_times_are_of_the_device_that_timed_most_rows(add: Add, tmp_path: Path) -> None:
+    rows = [
+        *(("full", 1, "H100", 1e5), ("full", 2, "H200", 2e5), ("sliding", 1, "H200", 3e5)),
+        *(("convex", 1, "H200", 4e5), ("nash", 1, "H100", 5e5), ("nash", 2, "H200", None)),
+    ]
+    for row, seed, device, speed in rows:
+        add("books", row, seed, device=device, **language_model(1.5, tokens_per_s=speed))
+    (section,) = (s for s in make_report(tmp_path).sections if s.exhibit.name == "table1")
+    table = section.tables[0]
+    speeds = [row[table.columns.index("training, 1000 tokens/s")] for row in table.rows]
+    assert speeds == ["200.0 (1)", "300.0", "400.0", "–"]
+    assert "Times are those on one device, H200." in table.notes
 
 
 def test_differences_by_position_have_intervals(report: Report) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from maha_attn.experiments.comparison import check_comparable
 from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
 from maha_attn.experiments.results import RefusedError, Result, distinct
+from maha_attn.report.metrics import metric, value
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,45 @@ class Selected:
         return conditions is not None and (self.budget != "smoke" or not conditions.differs)
 
     @property
-    def one_device(self) -> bool:
-        """Times can be compared."""
-        return len(distinct(self.results, "device")) <= 1
+    def timed(self) -> list[Result]:
+        """The results whose times can stand beside each other: of the device that timed most rows.
+
+        Of devices that timed as many, the one that was used last.
+        """
+        columns = [column for column in self.part.columns if metric(column).by_device]
+        timed = [r for r in self.results if any(value(r, c) is not None for c in columns)]
+
+        def rank(device: str) -> tuple[int, str]:
+            own = [result for result in timed if result["device"] == device]
+            return len(distinct(own, "row")), max(result["date"] for result in own)
+
+        chosen = max(distinct(timed, "device"), key=rank, default="")
+        return [result for result in timed if result["device"] == chosen]
 
     @property
     def commit(self) -> str:
-        """That of most results; times of other ones are marked."""
-        commits = [result["commit"] for result in self.results]
+        """That of most times; times of other ones are marked."""
+        commits = [result["commit"] for result in self.timed]
         return max(commits, key=commits.count, default="")
+
+    def with_value(self, results: Iterable[Result], column: str) -> list[Result]:
+        """Those of a row's results whose number may stand in the table.
+
+        Of times, those of `timed`, and of these the ones of `commit` where there are any.
+        """
+        known = [result for result in results if value(result, column) is not None]
+        if not metric(column).by_device:
+            return known
+        known = [result for result in known if result in self.timed]
+        return [result for result in known if result["commit"] == self.commit] or known
+
+    def values(self, results: Iterable[Result], column: str) -> list[float]:
+        """Their numbers."""
+        return [
+            number
+            for result in self.with_value(results, column)
+            if (number := value(result, column)) is not None
+        ]
 
     def printed(self, row: str) -> str:
         """Whether a row ran under the paper's conditions, as it prints the method: yes or no."""

@@ -53,7 +53,7 @@ def part_table(selected: Selected) -> Table | None:
     reference = selected.rows.get(part.reference or "")
     rows = []
     for name, results in selected.rows.items():
-        values = _values(results, first)
+        values = selected.values(results, first)
         exact = metric(first).exact
         spread = "–" if len(values) < 2 else metric(first).text(mean_and_spread(values)[1])
         cells = [
@@ -65,7 +65,7 @@ def part_table(selected: Selected) -> Table | None:
             selected.printed(name),
         ]
         for column in others:
-            seeds = len(_values(results, column))
+            seeds = len(selected.values(results, column))
             few = 0 < seeds < len(results)
             cells.append(_cell(selected, results, column) + (f" ({seeds})" if few else ""))
         rows.append(cells)
@@ -88,20 +88,16 @@ def _label(selected: Selected, name: str) -> str:
     return f"{row.label} ({limits})" if limits else row.label
 
 
-def _values(results: Sequence[Result], column: str) -> list[float]:
-    return [v for result in results if (v := value(result, column)) is not None]
-
-
 def _cell(selected: Selected, results: Sequence[Result], column: str) -> str:
     """The mean over seeds, with its error over the test part where there is one."""
-    known, values = metric(column), _values(results, column)
-    if not values or (known.by_device and not selected.one_device):
+    known, results = metric(column), selected.with_value(results, column)
+    if not results:
         return "–"
-    text = known.text(mean_and_spread(values)[0])
-    if errors := _values(results, known.error) if known.error else []:
+    text = known.text(mean_and_spread(selected.values(results, column))[0])
+    errors = [e for r in results if known.error and (e := value(r, known.error)) is not None]
+    if errors:
         text = f"{text} ± {known.text(mean_and_spread(errors)[0])}"
-    commits = {r["commit"] for r in results if value(r, column) is not None}
-    if known.by_device and commits != {selected.commit}:
+    if known.by_device and {r["commit"] for r in results} != {selected.commit}:
         text = f"{text} {OTHER_COMMIT}"
     return text
 
@@ -149,9 +145,9 @@ def _notes(selected: Selected, rows: list[list[str]]) -> list[str]:
     if any(IN_PART in cell for cell in cells):
         notes.append(f"{IN_PART} The interval lacks a source of variance: {_lacking(selected)}.")
     if any(cell.endswith(")") for cell in cells):
-        notes.append("(n): over n seeds alone; speed is not recorded where runs share a device.")
-    if any(metric(c).by_device for c in part.columns) and not selected.one_device:
-        notes.append("Times are left out: the rows ran on different devices.")
+        notes.append("(n): over n seeds alone; runs that share a device record no speed.")
+    if selected.timed and len(distinct(selected.results, "device")) > 1:
+        notes.append(f"Times are those on one device, {selected.timed[0]['device']}.")
     notes += [line for name in selected.rows if (line := _cannot(selected, name))]
     notes += _causality(selected)
     if missing:
