@@ -96,7 +96,7 @@ def test_a_text_file_is_a_document(tmp_path: Path) -> None:
         ("sentence,label\n", "a.csv", r"a\.csv' is empty; expected examples"),
         ("no parquet", "a.parquet", r"a\.parquet' cannot be read as parquet"),
         ('{"text": "a", "label": 1}', "a.jsonl", r"a\.jsonl \(data\.train\) has no column "
-         r"'sentence' \(data\.columns\.text\); it has text, label"),
+         r"'sentence' \(data\.columns names them\); it has text, label"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path: Path, content: str, name: str, message: str) -> None:
@@ -134,6 +134,11 @@ def test_bad_datasets(tmp_path: Path, hub_folder: Callable[..., Path]) -> None:
     other = SourceSettings(dataset=str(folder), config="mnli", train="train")
     with pytest.raises(ValueError, match=r"BuilderConfig 'mnli' not found"):
         load_part(other, "train", COLUMNS)
+    csv = tmp_path / "csv"
+    csv.mkdir()
+    (csv / "train.csv").write_bytes("sentence,label\nsch\u00f6n,good\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"split 'train' \(data\.train\) cannot be read: .*utf-8"):
+        load_part(SourceSettings(dataset=str(csv), train="train"), "train", COLUMNS)
 
 
 @pytest.mark.parametrize(

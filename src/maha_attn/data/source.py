@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
 from pyarrow import ArrowInvalid, Scalar
 from tqdm.auto import tqdm
@@ -232,6 +233,11 @@ def _load_split(settings: SourceSettings, part: str, split: str) -> tuple[str, D
     path = str(find_folder(settings.dataset) or settings.dataset)
     try:
         rows = load_dataset(path, settings.config, split=split, revision=settings.revision)
+    except DatasetGenerationError as error:  # A file of it is not what it seems.
+        raise ValueError(
+            f"dataset {settings.dataset!r}, split {split!r} (data.{part}) cannot be read: "
+            f"{error.__cause__ or error}"
+        ) from None
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(
             f"dataset {settings.dataset!r}, split {split!r} (data.{part}): {error}; expected a "
@@ -243,10 +249,10 @@ def _load_split(settings: SourceSettings, part: str, split: str) -> tuple[str, D
 def _take(rows: Dataset, columns: dict[str, str], source: str) -> Dataset:
     """The columns of a task, under the task's names."""
     rows = rows.flatten()
-    for name, column in columns.items():
+    for column in columns.values():
         if column not in rows.column_names:
             raise ValueError(
-                f"{source} has no column {column!r} (data.columns.{name}); it has "
+                f"{source} has no column {column!r} (data.columns names them); it has "
                 f"{', '.join(rows.column_names)}"
             )
     if len(set(columns.values())) < len(columns):
