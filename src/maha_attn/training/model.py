@@ -75,6 +75,8 @@ def with_pretrained(options: dict[str, Any], path: Path) -> dict[str, Any]:
 def _shared_options(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of a saved model that another one must share to take over its weights."""
     known = {option.name for option in fields(config)} - _FREE
+    if any(not ATTENTIONS[name].any_length for name in config.layer_types or ()):
+        known.add("max_position_embeddings")  # Weights have a line for each position.
     return {name: getattr(config, name) for name in sorted(known)}
 
 
