@@ -131,7 +131,7 @@ def test_bad_rows(write: Write, row: dict[str, Any], message: str) -> None:
 
 def test_missing_answers(write: Write) -> None:
     rows = [{"question": "a?", "context": "b"}]
-    with pytest.raises(ValueError, match=r"no column 'answers\.text' \(data\.columns\.texts\)"):
+    with pytest.raises(ValueError, match=r"no column 'answers\.text' \(data\.columns names them\)"):
         load_spans(settings(write("a.jsonl", rows)))
 
 

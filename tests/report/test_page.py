@@ -95,6 +95,18 @@ def test_times_are_of_the_device_that_timed_most_rows(add: Add, tmp_path: Path) 
     assert "Times are those on one device, H200." in table.notes
 
 
+def test_that_training_diverged_is_told(add: Add, tmp_path: Path) -> None:
+    add("ablations", "convex", 1, **language_model(2.0))
+    add("ablations", "dense-conv", 1, metrics={"parameters": 5e7}, diverged=84, curves={})
+    add("ablations", "dense-conv", 2, **language_model(2.0))
+    (section,) = (s for s in make_report(tmp_path).sections if s.exhibit.name == "figure5")
+    (table,) = section.tables
+    (row,) = (row for row in table.rows if row[0] == "dense convolution")
+    assert row[table.columns.index("seeds")] == "1"
+    told = "Training of dense convolution diverged: no loss after step 84 (seed 1)."
+    assert told in table.notes
+
+
 def test_differences_by_position_have_intervals(report: Report) -> None:
     (section,) = (s for s in report.sections if s.exhibit.name == "table1")
     table = next(t for t in section.tables if "by position" in t.caption)

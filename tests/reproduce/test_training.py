@@ -150,3 +150,15 @@ def test_attention_is_kept_where_it_is_asked_for(job: Job) -> None:
     result = train_and_judge(other, Clock())
     assert result is not None
     assert "attention" not in result
+
+
+def test_that_training_diverged_is_a_result(job: Job) -> None:
+    settings = {"train.learning_rate": 1e30, "train.max_grad_norm": 0.0, "train.optim": "sgd"}
+    rows = {"maha": Row(label="MAHA", settings=settings)}
+    result = train_and_judge(replace(job, experiment=replace(EXPERIMENT, rows=rows)), Clock())
+    assert result is not None
+    assert 1 <= result["diverged"] <= 6
+    assert result["metrics"]["parameters"] > 0
+    assert not {"bits_per_byte", "final_loss"} & set(result["metrics"])
+    assert len(result["curves"]["loss"]) < result["diverged"] + 1
+    json.dumps(result, allow_nan=False)

@@ -6,7 +6,8 @@ It holds the provenance of a measurement (command, commit, date, device, version
 run it is (experiment, row, seed, budget), the data's fingerprint, ``metrics`` (numbers by name, the
 unit in the name where it has one), and what kinds of experiment add: curves; documents, positions,
 fusion, attention of language models; scores by test example (``correct``, ``scores``,
-``bleu_statistics``) of tasks, and ``pretrained``, the run whose weights were fine-tuned.
+``bleu_statistics``) of tasks, ``pretrained``, the run whose weights were fine-tuned, and
+``diverged``, the step after which the loss was no number (then nothing was judged).
 """
 
 import json

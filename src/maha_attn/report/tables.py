@@ -149,19 +149,31 @@ def _notes(selected: Selected, rows: list[list[str]]) -> list[str]:
     if selected.timed and len(distinct(selected.results, "device")) > 1:
         notes.append(f"Times are those on one device, {selected.timed[0]['device']}.")
     notes += [line for name in selected.rows if (line := _cannot(selected, name))]
+    notes += [line for name in selected.rows if (line := _diverged(selected, name))]
     notes += _causality(selected)
     if missing:
         notes.append(f"Not run yet: {'; '.join(missing)}.")
     return notes
 
 
+def _diverged(selected: Selected, name: str) -> str:
+    """Which seeds of a row ended without a loss."""
+    ended = [
+        f"step {step} (seed {result['seed']})"
+        for result in selected.rows[name]
+        if (step := result.content.get("diverged")) is not None
+    ]
+    label = selected.experiment.rows[name].label
+    return f"Training of {label} diverged: no loss after {', '.join(ended)}." if ended else ""
+
+
 def _causality(selected: Selected) -> list[str]:
     """Of which trained language models it was checked that they do not look ahead."""
     checked: dict[bool, list[str]] = {True: [], False: []}
     for name, results in selected.rows.items():
-        if value(results[0], "bits_per_byte") is not None:
+        if scored := selected.with_value(results, "bits_per_byte"):
             label = selected.experiment.rows[name].label
-            checked[all(r["metrics"].get("causal") for r in results)].append(label)
+            checked[all(r["metrics"].get("causal") for r in scored)].append(label)
     words = {
         True: "No prediction of the trained models changes with a later token",
         False: "Not checked on these trained models that none changes with a later token",

@@ -244,7 +244,7 @@ def _document(
 def _models(job: Job, results: Path) -> dict[str, Any]:
     """Which weights the run started from, and those that others start from, by their SHA-256."""
     named: dict[str, Any] = {}
-    if job.keeps_model:
+    if job.keeps_model and job.model.is_file():  # A run that diverged has none.
         named["model_sha256"] = _sha256(job.model)
     if (base := job.pretrained) is not None:
         named["pretrained"] = {

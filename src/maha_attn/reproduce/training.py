@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from maha_attn.reproduce.job import Clock, Job
 from maha_attn.reproduce.setup import prepare
 from maha_attn.tasks import Task
 from maha_attn.training.checkpoint import RunError
+from maha_attn.training.divergence import DivergedError
 from maha_attn.training.model import build_model
 from maha_attn.training.recipe import Recipe
 from maha_attn.training.run_folder import RunFolder, create_run, resume_run
@@ -35,35 +37,44 @@ Judge = Callable[[Task, PreTrainedModel, Recipe], dict[str, Any]]
 
 
 def train_and_judge(job: Job, clock: Clock) -> dict[str, Any] | None:
-    """Train, evaluate, and return the result; None: stopped by the clock, to be continued."""
+    """Train, evaluate, and return the result; None: stopped by the clock, to be continued.
+
+    That training diverged is a result too: ``diverged`` says after which step; nothing is judged.
+    """
     setup = prepare(job)
     recipe, task = setup.recipe, setup.task
     run = _run_folder(job, recipe)
     watch = _Watch(clock)
     set_seed(recipe.train.seed)
     model = build_model(task.model_class, recipe.model, setup.pretrained)
+    diverged = None
     with _peak_memory(job.device) as peak:
-        model = train_model(
-            model,
-            recipe.train,
-            task.examples(model),
-            run,
-            recipe.lora,
-            resume=run.last_checkpoint() is not None,
-            callbacks=[watch],
-        )
+        try:
+            model = train_model(
+                model,
+                recipe.train,
+                task.examples(model),
+                run,
+                recipe.lora,
+                resume=run.last_checkpoint() is not None,
+                callbacks=[watch],
+            )
+        except DivergedError as error:
+            diverged = error.step
     if watch.stopped:
         shutil.rmtree(run.model)
         return None
     clock.show(1, 1, "evaluating")
     curves = _curves(run, recipe)
-    result = JUDGES.get(recipe.settings["task"], judge_by_task)(task, model, recipe)
-    if job.explains:
-        result["attention"] = explain_passage(task, model, recipe)
+    result: dict[str, Any] = {"metrics": {}, "diverged": diverged}
+    if diverged is None:
+        result = JUDGES.get(recipe.settings["task"], judge_by_task)(task, model, recipe)
+        if job.explains:
+            result["attention"] = explain_passage(task, model, recipe)
+        result["metrics"]["final_loss"] = curves["loss"][-1]
     result["metrics"] |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_bytes": peak[0],
-        "final_loss": curves["loss"][-1],
         **_speeds(run, recipe, shared=job.shares_device),
     }
     for checkpoint in run.path.glob("checkpoint-*"):
@@ -152,7 +163,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
 
 def _curves(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """What training logged: ``steps``, ``loss``; of packed rows also ``tokens``."""
-    lines = [line for line in _logged(run) if "loss" in line]
+    lines = [line for line in _logged(run) if math.isfinite(line.get("loss", math.nan))]
     curves = {"steps": [line["step"] for line in lines], "loss": [line["loss"] for line in lines]}
     length = recipe.settings["data"].get("sequence_length")
     if length is None:

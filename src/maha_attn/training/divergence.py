@@ -8,6 +8,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from maha_attn.training.checkpoint import RunError
 
 
+class DivergedError(RunError):
+    """The loss is no number any more, and what to try.
+
+    Attributes:
+        step: The last one.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class StopDiverged(TrainerCallback):
     """Ends a run when a logged loss is not finite: no later step would mend it."""
 
@@ -22,13 +34,14 @@ class StopDiverged(TrainerCallback):
         """Look at the loss, or at the end at the mean of all steps.
 
         Raises:
-            RunError: It is infinite or no number.
+            DivergedError: It is infinite or no number.
         """
         logs = logs or {}
         loss = logs.get("loss", logs.get("train_loss", 0.0))
         if not math.isfinite(loss):
-            raise RunError(
+            raise DivergedError(
                 f"training diverged: the loss is {loss} after step {state.global_step}; begin "
                 f"again with a lower train.learning_rate (now {args.learning_rate:g}), more "
-                "train.warmup_steps or a lower train.max_grad_norm, or in another precision"
+                "train.warmup_steps or a lower train.max_grad_norm, or in another precision",
+                state.global_step,
             )
