@@ -16,7 +16,13 @@ from maha_attn.report.uncertainty import bleu, estimate, half_width, slope
 
 
 def result(seed: int = 1, **content: Any) -> Result:
-    fixed = {"seed": seed, "device": "d", "commit": "c", "data": {"rows": {"test": 400}}}
+    fixed = {
+        "seed": seed,
+        "device": "d",
+        "commit": "c",
+        "date": "2026",
+        "data": {"rows": {"test": 400}},
+    }
     return Result(Path(f"{seed}.json"), {**fixed, **content})
 
 
@@ -128,6 +134,12 @@ def test_speeds_are_compared_at_one_commit_on_one_device() -> None:
     for name in ("commit", "device"):
         other = score(1, "tokens_per_s", 1e5, **{name: "other"})
         assert estimate("reduction", "tokens_per_s", [fast], [other]) is None
+        newer = [
+            score(2, "tokens_per_s", speed, date="2027", **{name: "other"}) for speed in (3e5, 1e5)
+        ]
+        found = estimate("reduction", "tokens_per_s", [fast, newer[0]], [slow, newer[1]])
+        assert found is not None
+        assert (found.value, found.seeds) == (-2, 1)
 
 
 def test_slope_of_times_has_an_error_and_that_of_counts_has_none() -> None:

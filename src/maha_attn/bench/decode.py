@@ -118,7 +118,9 @@ def _measure(options: argparse.Namespace, context: int, copy_gb_s: float) -> lis
                 runs[graphed["side"]] = partial(_repeat, GraphedStep(step, [x], caches), x, cycle)
             except RuntimeError as error:
                 graphed["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    timings = alternate(runs, device=device, rounds=options.rounds, warmup=WARMUP)
+    timings = alternate(  # A call is a whole cycle of steps already.
+        runs, device=device, rounds=options.rounds, warmup=WARMUP, in_a_row=1
+    )
     fastest = min(
         timing.median_ms for name, timing in timings.items() if name.split(",")[0] in FULL
     )

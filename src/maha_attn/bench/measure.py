@@ -92,8 +92,9 @@ _gradients: dict[tuple[object, ...], Tensor] = {}
 class Timing:
     """Of one side: median and half the quartiles' distance over all rounds, in ms.
 
-    ``issue_ms`` is the median time that the host needs to hand the work to the device. Where it is
-    the larger one and nothing else keeps the device busy, it is what a user waits for.
+    ``issue_ms`` is the median time that the host needs to hand the work to the device, a call of
+    several in a row as a model makes them. Where it is the larger one and nothing else keeps the
+    device busy, it is what a user waits for.
     """
 
     median_ms: float
@@ -109,14 +110,17 @@ def alternate(
     rounds: int = 20,
     warmup: int = 3,
     seconds: float = math.inf,
+    in_a_row: int = 4,
 ) -> dict[str, Timing]:
     """Time the sides in turn, ``rounds`` times each after ``warmup`` untimed rounds.
 
-    A side that has taken ``seconds`` in all takes part in no further round after its first.
+    A side that has taken ``seconds`` in all takes part in no further round after its first. The
+    host's time is that of one of ``in_a_row`` calls, as many as the device's queue has room for.
 
     On a GPU by events around each call. Before each, the device pauses for twice the time that the
-    host needs to issue the call, so that the device never waits for the host within it; the host's
-    time is measured beside the device's.
+    host needs to issue the call, so that the device never waits for the host within it. The host's
+    time is measured after that, of each side by itself: a single call between those of other sides
+    finds nothing of its own in the processor's caches.
     """
     clock = _device_clock if device.type == "cuda" else _host_clock
     pauses, spent = {}, dict.fromkeys(sides, 0.0)
@@ -125,14 +129,17 @@ def alternate(
             elapsed, issued = clock(run, device, 0.0)
             pauses[name] = 1 + 2 * issued
             spent[name] += elapsed / 1e3
-    readings = {name: [] for name in sides}
+    times = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            if readings[name] and spent[name] > seconds:
+            if times[name] and spent[name] > seconds:
                 continue
-            readings[name].append(clock(run, device, pauses[name]))
-            spent[name] += readings[name][-1][0] / 1e3
-    return {name: _timing(pairs) for name, pairs in readings.items()}
+            times[name].append(clock(run, device, pauses[name])[0])
+            spent[name] += times[name][-1] / 1e3
+    return {
+        name: _timing(times[name], run, device, in_a_row, pauses[name])
+        for name, run in sides.items()
+    }
 
 
 def _host_clock(run: Callable[[], object], _: torch.device, __: float) -> tuple[float, float]:
@@ -159,13 +166,30 @@ def _device_clock(
 
 _CYCLES_PER_MS = 2_000_000
 """Of a GPU's clock, about: no GPU of today runs much faster."""
+_ISSUED, _SLOW_MS = 5, 250.0
+"""How often calls in a row are issued; and of what length one call alone is, and once."""
 
 
-def _timing(readings: list[tuple[float, float]]) -> Timing:
-    times, issued = (list(values) for values in zip(*readings, strict=True))
+def _timing(
+    times: list[float],
+    run: Callable[[], object],
+    device: torch.device,
+    in_a_row: int,
+    pause_ms: float,
+) -> Timing:
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    spread = (quartiles[2] - quartiles[0]) / 2
-    return Timing(statistics.median(times), spread, statistics.median(issued), len(times))
+    median, spread = statistics.median(times), (quartiles[2] - quartiles[0]) / 2
+    if device.type != "cuda":
+        return Timing(median, spread, median, len(times))
+
+    in_a_row, repeats = (in_a_row, _ISSUED) if median < _SLOW_MS else (1, 1)
+
+    def calls() -> None:
+        for _ in range(in_a_row):
+            run()
+
+    issued = [_device_clock(calls, device, in_a_row * pause_ms)[1] for _ in range(repeats)]
+    return Timing(median, spread, statistics.median(issued) / in_a_row, len(times))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:

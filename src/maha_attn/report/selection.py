@@ -1,5 +1,6 @@
 """The results that an exhibit shows: of one budget, comparable, by row."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -45,16 +46,18 @@ class Selected:
 
     @property
     def timed(self) -> list[Result]:
-        """The results whose times can stand beside each other: of the device that timed most rows.
+        """The results whose times can stand beside each other: of one device.
 
-        Of devices that timed as many, the one that was used last.
+        It is the one that timed most rows at one commit; of several, the one that was used last.
         """
         columns = [column for column in self.part.columns if metric(column).by_device]
         timed = [r for r in self.results if any(value(r, c) is not None for c in columns)]
 
         def rank(device: str) -> tuple[int, str]:
             own = [result for result in timed if result["device"] == device]
-            return len(distinct(own, "row")), max(result["date"] for result in own)
+            rows = {(result["commit"], result["row"]) for result in own}
+            most = max(Counter(commit for commit, _ in rows).values())
+            return most, max(result["date"] for result in own)
 
         chosen = max(distinct(timed, "device"), key=rank, default="")
         return [result for result in timed if result["device"] == chosen]

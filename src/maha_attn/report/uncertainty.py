@@ -180,16 +180,25 @@ def combine(known: Metric, values: list[float], sample: tuple[float, int] | None
 
 
 def _pairs(known: Metric, column: str, row: Sequence[Result], than: Sequence[Result]) -> list[Pair]:
-    """Results of the same seed that have the number; of one commit and device if need be."""
-    same = ("seed", "device", "commit") if known.by_device else ("seed",)
-    return [
+    """Results of the same seed that have the number; times of one commit and device alone.
+
+    It is the one that timed most pairs; of several, the one that was used last.
+    """
+    pairs = [
         (a, b)
         for a in row
         for b in than
-        if all(a[name] == b[name] for name in same)
-        and value(a, column) is not None
-        and value(b, column) is not None
+        if a["seed"] == b["seed"] and value(a, column) is not None and value(b, column) is not None
     ]
+    if not known.by_device:
+        return pairs
+    places: dict[tuple[str, str], list[Pair]] = {}
+    for a, b in pairs:
+        if (place := (a["device"], a["commit"])) == (b["device"], b["commit"]):
+            places.setdefault(place, []).append((a, b))
+    return max(
+        places.values(), key=lambda own: (len(own), max(a["date"] for a, _ in own)), default=[]
+    )
 
 
 def _by_example(result: Result, column: str) -> list[float] | None:
