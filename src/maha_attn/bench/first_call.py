@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,39 @@ def main(arguments: list[str] | None = None) -> None:
             text=True,
             check=True,
         )
-    seconds = json.loads(inner.stdout)
-    print("\n".join(f"{name:<10}{value:8.1f} s" for name, value in seconds.items()))
+    found = json.loads(inner.stdout)
+    for name, seconds in found["seconds"].items():
+        times = [kernel["seconds"] for kernel in found["compiling"][name]]
+        print(f"{name:<10}{seconds:8.1f} s; compiled: {len(times)} kernels, {sum(times):.1f} s")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     command = " ".join(["maha bench first_call", *given])
-    document = provenance(command, settings, torch.device(options.device)) | {"seconds": seconds}
+    document = provenance(command, settings, torch.device(options.device)) | found
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {options.output}")
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the device's own start, of a training step, of a decoded token."""
+    """Of the device's own start, of a training step, and of a prompt and a decoded token.
+
+    Returns:
+        ``seconds`` that each took, and ``compiling``: how long each of its kernels was.
+    """
     device, times = torch.device(options.device), [time.perf_counter()]
+    kernels: list[list[dict[str, Any]]] = [[]]
+    if device.type == "cuda":
+        from triton import knobs
+
+        def compiled(*, metadata: Mapping[str, Any], times: Any, **_: Any) -> None:
+            kernels[-1].append({"kernel": metadata["name"], "seconds": times.total / 1e6})
+
+        knobs.compilation.listener = compiled
 
     def note() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
+        kernels.append([])
 
     spec = AttentionSpec(hidden_size=options.width, num_heads=options.heads, fusion=options.fusion)
     layer = MultiscaleAttention(spec).to(device, DTYPES[options.dtype])
@@ -81,7 +97,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         layer(x[:, :1], cache=cache)
     note()
     seconds = [after - before for before, after in pairwise(times)]
-    return dict(zip(("start", "training", "decoding"), seconds, strict=True))
+    phases = ("start", "training", "decoding")
+    return {
+        "seconds": dict(zip(phases, seconds, strict=True)),
+        "compiling": dict(zip(phases, kernels[:-1], strict=True)),
+    }
 
 
 if __name__ == "__main__":
