@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 DEMO := OMP_WAIT_POLICY=passive $(BIN)/maha train recipes/demo.yaml --overwrite
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: help install demo report test slow kills check format clean
+.PHONY: help install demo report test slow kills gpu check format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,14 @@ slow: $(STAMP)  ## Run the slow tests
 
 kills: $(STAMP)  ## Kill training two hundred times and resume it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/training/kill_often.py 200 results/kills.json
+
+gpu: $(STAMP)  ## On a GPU: its tests, then the benchmarks, into results/ (about ten minutes)
+	$(BIN)/maha bench first_call
+	$(BIN)/pytest -n 6 --dist worksteal tests/gpu --gpu-results results/gpu-tests.json
+	$(BIN)/maha bench layer
+	$(BIN)/maha bench ops
+	$(BIN)/maha bench decode
+	$(BIN)/python -m maha_attn.bench.fusion
 
 check: $(STAMP)  ## Lint, check types and imports, run the tests
 	$(BIN)/ruff check

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from maha_attn import AttentionCache, AttentionSpec, MultiscaleAttention
+from maha_attn.ops.rotary import _kept_table
 from maha_attn.ops.triton import (
     decode_attention,
     decode_tokens,
@@ -124,9 +125,12 @@ def test_captured_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+    for _ in range(2):
+        graph.replay()
+        for a, b in zip(captured, expected, strict=True):
+            assert torch.equal(a, b)
+        _kept_table.cache_clear()  # What a graph reads must not be dropped with it.
+        torch.cuda.empty_cache()
 
 
 def test_trains_under_autocast():

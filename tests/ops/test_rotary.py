@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from maha_attn.ops.rotary import in_pairs, paired_table, rotary_table, rotate
+from maha_attn.ops.rotary import (
+    in_pairs,
+    paired_table,
+    rotary_table,
+    rotate,
+    sequence_table,
+)
+
+CPU = torch.device("cpu")
 
 
 def tables(length, head_dim, dtype):
@@ -44,3 +53,41 @@ def test_paired_reuses_memory_only_where_nothing_is_differentiated(dtype):
     y = rotate(before, pairs)
     torch.testing.assert_close(y, expected)
     assert (y.data_ptr() == memory) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("length", "stride"), [(1, 1), (255, 1), (257, 4), (1000, 8)])
+def test_a_kept_table_is_what_would_be_made(length, stride, paired):
+    make = paired_table if paired else rotary_table
+    expected = make((torch.arange(length) + 1) / stride - 1, 8, 1e4)
+    for _ in range(2):
+        options = {"stride": stride, "paired": paired}
+        kept = sequence_table(length, 8, 1e4, torch.float32, CPU, **options)
+        assert torch.equal(kept, expected)
+
+
+def test_lengths_share_a_table():
+    short, long, longer = (sequence_table(n, 8, 123.0, torch.float32, CPU) for n in (100, 256, 257))
+    assert short.data_ptr() == long.data_ptr() != longer.data_ptr()
+
+
+class Listens(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_kept_while_somebody_listens():
+    with Listens():
+        first, second = (sequence_table(9, 8, 77.0, torch.float32, CPU) for _ in range(2))
+    after = sequence_table(9, 8, 77.0, torch.float32, CPU)
+    assert len({t.data_ptr() for t in (first, second, after)}) == 3
+
+
+def test_a_table_of_inference_mode_stays_there():
+    with torch.inference_mode():
+        inference = sequence_table(9, 8, 55.0, torch.float32, CPU)
+    x = torch.randn(1, 9, 2, 8, requires_grad=True)
+    trained = sequence_table(9, 8, 55.0, torch.float32, CPU)
+    assert inference.is_inference()
+    rotate(x, trained).sum().backward()
+    assert x.grad is not None

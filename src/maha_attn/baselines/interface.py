@@ -14,7 +14,7 @@ from maha_attn.baselines.registry import Attention
 from maha_attn.layers.attention import FusionInfo
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.padding import check_tokens, to_front, to_places
-from maha_attn.ops.rotary import rotary_table, rotate
+from maha_attn.ops.rotary import rotate, sequence_table
 from maha_attn.spec import AttentionSpec
 
 
@@ -128,10 +128,10 @@ class RotaryProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Project and rotate."""
         y = super().forward(input.transpose(0, 1) if self.tokens_first else input)
-        positions = torch.arange(y.shape[1], device=y.device)
+        head_dim, theta = self.spec.head_dim, self.spec.rope_theta
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        table = rotary_table(positions, self.spec.head_dim, self.spec.rope_theta, dtype)
-        y = y.unflatten(-1, (-1, self.spec.head_dim))
+        table = sequence_table(y.shape[1], head_dim, theta, dtype, y.device)
+        y = y.unflatten(-1, (-1, head_dim))
         y = rotate(y, table, self.spec.backend).flatten(2)
         return y.transpose(0, 1).contiguous() if self.tokens_first else y
 

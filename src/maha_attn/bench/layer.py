@@ -7,6 +7,7 @@ memory. The default lengths begin below the one from which MAHA wins: no row is 
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from maha_attn.bench.flops import layer_work
 from maha_attn.bench.measure import DTYPES, MakeSide, Side, Work, benchmark
 from maha_attn.bench.ops import FULL, too_large
 from maha_attn.layers.attention import MultiscaleAttention
-from maha_attn.ops.rotary import paired_table, rotary_table, rotate
+from maha_attn.ops.rotary import rotate, sequence_table
 from maha_attn.spec import AttentionSpec
 
 
@@ -36,22 +37,21 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to the same."""
         packed = self.qk_proj(x).unflatten(-1, (2, self.num_heads, -1))
-        q, k = self.rotated(packed, torch.arange(x.shape[1], device=x.device))
+        q, k = self.rotated(packed)
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         with sdpa_kernel(self.backend):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def rotated(self, packed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotated(self, packed: Tensor) -> Sequence[Tensor]:
         """Rotate queries and keys as MAHA's layer does: by its kernel, or else paired."""
+        options = (packed.shape[1], packed.shape[-1], 10000.0, torch.float32, packed.device)
+        table = sequence_table(*options, paired=not packed.is_cuda)
         if packed.is_cuda:
             from maha_attn.ops.triton.rotary import rotate_projection
 
-            q, k = rotate_projection(packed, rotary_table(positions, packed.shape[-1]))
-        else:
-            table = paired_table(positions, packed.shape[-1])
-            q, k = (rotate(t, table).transpose(1, 2) for t in packed.unbind(2))
-        return q, k
+            return rotate_projection(packed, table)
+        return [rotate(t, table).transpose(1, 2) for t in packed.unbind(2)]
 
 
 def main(arguments: list[str] | None = None) -> None:

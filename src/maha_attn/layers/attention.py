@@ -18,7 +18,7 @@ from maha_attn.layers.stem import stem
 from maha_attn.ops.backend import use_triton
 from maha_attn.ops.fusion import Fused
 from maha_attn.ops.multiscale_attention import multiscale_attention
-from maha_attn.ops.rotary import paired_table, rotary_table
+from maha_attn.ops.rotary import rotary_table, sequence_table
 from maha_attn.spec import AttentionSpec
 
 
@@ -131,7 +131,7 @@ class MultiscaleAttention(nn.Module):
         spec = self.spec
         problem = [] if self.fusion is None else self.fusion.projections
         paired = cache is None and self._prefers_pairs(x)
-        table = self.table(torch.arange(x.shape[1], device=x.device), paired=paired)
+        table = self.sequence_table(x, paired=paired)
         if spec.recompute and cache is None and torch.is_grad_enabled():
             base, *projected = project(x, [self.v_proj, *problem])
             values = base if lengths is None else zero_beyond(base, lengths)
@@ -225,11 +225,7 @@ class MultiscaleAttention(nn.Module):
                 q, k = self.project_qk(s, features[0 if fine else s], features[s], paired=paired)
             queries.append(q.transpose(1, 2))
             keys.append(k.transpose(1, 2))
-            if fine:
-                tokens = torch.arange(len(table), device=table.device)
-                tables.append(self.query_table(s, tokens, paired=paired))
-            else:
-                tables.append(table)
+            tables.append(self.sequence_table(features[0], s, paired=paired) if fine else table)
         masked = [self.pyramid.key_lengths(lengths, s) for s in chosen]
         return multiscale_attention(
             queries,
@@ -266,19 +262,29 @@ class MultiscaleAttention(nn.Module):
             (k,) = project(keys, heads=[k_proj], paired=head_dim)
         return self.split(q), self.split(k)
 
-    def table(self, positions: Tensor, *, paired: bool = False) -> Tensor:
-        """Rotary table of positions in tokens of a scale; fp32 unless the layer is fp64."""
-        dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
-        make = paired_table if paired else rotary_table
-        return make(positions, self.spec.head_dim, self.spec.rope_theta, dtype)
+    def sequence_table(self, x: Tensor, s: int = 0, *, paired: bool = False) -> Tensor:
+        """Rotary table of all tokens of ``x`` ``[B, N, D]``, of fine queries at scale ``s``."""
+        spec, dtype = self.spec, self._angles_dtype()
+        options = {"stride": spec.strides[s], "paired": paired}
+        return sequence_table(
+            x.shape[1], spec.head_dim, spec.rope_theta, dtype, x.device, **options
+        )
 
-    def query_table(self, s: int, tokens: Tensor, *, paired: bool = False) -> Tensor:
+    def table(self, positions: Tensor) -> Tensor:
+        """Rotary table of positions in tokens of a scale; fp32 unless the layer is fp64."""
+        return rotary_table(
+            positions, self.spec.head_dim, self.spec.rope_theta, self._angles_dtype()
+        )
+
+    def query_table(self, s: int, tokens: Tensor) -> Tensor:
         """Rotary table of fine queries at scale ``s``.
 
         Token ``t`` stands at ``(t+1)/r^s - 1``: the last token of a block where the block stands.
         """
-        dtype = torch.promote_types(self.v_proj.weight.dtype, torch.float32)
-        return self.table((tokens + 1).to(dtype) / self.spec.strides[s] - 1, paired=paired)
+        return self.table((tokens + 1).to(self._angles_dtype()) / self.spec.strides[s] - 1)
+
+    def _angles_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.v_proj.weight.dtype, torch.float32)
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, H, K]``."""

@@ -11,9 +11,12 @@ PyTorch's whatever the backend.
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MAX_WIDTH = 256
 """Widest head of the kernels: a tile of it still fits into shared memory."""
@@ -84,3 +87,18 @@ def unsupported(*tensors: Tensor, width: int | None = None) -> str | None:
     if width is not None and (width % 8 or width > MAX_WIDTH):
         return f"head width {width} is not a multiple of 8 up to {MAX_WIDTH}"
     return None
+
+
+def is_watched(arguments: Iterable[Any] = ()) -> bool:
+    """Whether somebody wants to know of every operation.
+
+    A compiler or tracer, a dispatch mode (which counts or fakes), a function transform, or a
+    subclass of tensors among the ``arguments``: then nothing goes past the dispatcher, and nothing
+    is kept for later.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
+        return True
+    plain = (Tensor, nn.Parameter)
+    return any(isinstance(t, Tensor) and type(t) not in plain for t in arguments)

@@ -6,10 +6,13 @@ complex numbers, a quarter of the time on a CPU. Attention is the same in either
 queries and keys share it. Tables are real for the one and complex for the other.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from maha_attn.ops.backend import use_triton
+from maha_attn.ops.backend import is_watched, use_triton
 
 
 def rotary_table(
@@ -38,6 +41,54 @@ def paired_table(
     """`rotary_table` of the paired layout: ``e^(ipθ^(-2i/K))``, complex ``[..., K/2]``."""
     angles = _angles(positions, head_dim, theta, dtype)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def sequence_table(
+    length: int,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    stride: int = 1,
+    paired: bool = False,
+) -> Tensor:
+    """The table of a sequence's first ``length`` tokens, as they stand at a scale.
+
+    Token ``t`` stands at ``(t+1)/stride - 1``: the last token of a block where the block stands.
+
+    All layers and steps need the same few tables, and a dozen kernels make one. So they are kept,
+    made for the next power of 2 tokens: the last eight, 8·K·N bytes each in fp32 (32 MiB for K = 64
+    and 64K tokens). Not kept is what is made while somebody listens (`is_watched`), or inside a
+    CUDA graph, which would go on to read a table that was dropped meanwhile. A stream has its own,
+    as nothing else says when a table is ready or no longer read; and so has inference mode.
+    """
+    options = (head_dim, theta, dtype, device, stride, paired)
+    on_gpu = device.type == "cuda"
+    if is_watched() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return _sequence_table(length, *options)
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    rounded = 1 << (max(length, 256) - 1).bit_length()
+    return _kept_table(torch.is_inference_mode_enabled(), stream, rounded, *options)[:length]
+
+
+def _sequence_table(
+    length: int,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    stride: int,
+    paired: bool,
+) -> Tensor:
+    positions = torch.arange(1, length + 1, device=device).to(dtype) / stride - 1
+    return (paired_table if paired else rotary_table)(positions, head_dim, theta, dtype)
+
+
+@lru_cache(maxsize=8)
+def _kept_table(inference: bool, stream: int, length: int, *options: Any) -> Tensor:
+    """`_sequence_table`, for one mode and one stream."""
+    return _sequence_table(length, *options)
 
 
 def in_pairs(x: Tensor, head_dim: int, dim: int) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch import Tensor
+
+from maha_attn.ops.backend import is_watched
 
 
 class Operator:
@@ -46,7 +47,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run, through the dispatcher if compilers, modes, transforms or subclasses want it."""
-        if torch.compiler.is_compiling() or _is_watched(flat := _flat(arguments)):
+        if is_watched(flat := _flat(arguments)):
             return self.dispatched(*arguments)
         if not torch.is_grad_enabled():
             return self.run(*arguments)
@@ -84,14 +85,6 @@ class _Differentiable(torch.autograd.Function):
             else:
                 flat += [None] * count if gradient is None else gradient
         return None, None, *flat
-
-
-def _is_watched(flat: Iterable[Any]) -> bool:
-    """Whether a dispatch mode, a function transform or a subclass of tensors is at work."""
-    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
-        return True
-    plain = (Tensor, nn.Parameter)
-    return any(isinstance(t, Tensor) and type(t) not in plain for t in flat)
 
 
 def _layout(arguments: Iterable[Any]) -> list[int | None]:

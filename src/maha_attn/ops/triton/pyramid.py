@@ -219,7 +219,7 @@ def backward_into(
         streams, built, weights, lengths, ratio: What `build_scales` took and gave.
     """
     levels = len(built) // len(streams)
-    gradients = [torch.zeros_like(w) for w in weights]
+    gradients: list[Tensor | None] = [None] * len(weights)
     downs = [grads[i * (levels + 1) + levels] for i in range(len(streams))]
     for step in range(levels - 1, -1, -1):
         ends = None if lengths is None else -(-lengths // ratio**step)
@@ -240,7 +240,10 @@ def backward_into(
             result.zero_()
         elif down is not result:
             result.copy_(down)
-    return gradients
+    return [
+        torch.zeros_like(weight) if gradient is None else gradient
+        for gradient, weight in zip(gradients, weights, strict=True)
+    ]
 
 
 def _partial_gradients(
