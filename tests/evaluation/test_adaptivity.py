@@ -58,6 +58,7 @@ def test_the_distribution_is_that_of_the_models_weights() -> None:
     np.testing.assert_allclose(found["moved_by_head"], moved, atol=1e-4)
     assert found["moved"] == pytest.approx(np.mean(moved), abs=1e-5)
     assert found["moved"] > 0.01
+    assert np.mean(found["moved_by_window"]) == pytest.approx(found["moved"])
 
 
 def test_nothing_to_say() -> None:

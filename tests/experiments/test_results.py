@@ -53,9 +53,34 @@ def test_what_lacks_provenance_is_refused(tmp_path: Path, name: str, how: str) -
     assert reason == f"{path}: lacks {name}"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"metrics": [1]}, r"metrics is no dict: \[1\]"),
+        ({"metrics": {"perplexity": "9"}}, r"metrics\.perplexity is no number: '9'"),
+        ({"settings": [1]}, "settings is no dict"),
+        ({"versions": "2"}, "versions is no dict"),
+        ({"seed": "1"}, "seed is no int"),
+        ({"seed": True}, "seed is no int"),
+        ({"commit": 7}, "commit is no str"),
+        ({"data": {"rows": 1}}, r"lacks data\.fingerprint"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_refused(
+    tmp_path: Path, wrong: dict[str, Any], reason: str
+) -> None:
+    path = place(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**CONTENT, **wrong}))
+    with pytest.raises(RefusedError, match=reason):
+        read_result(path)
+
+
 def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="not JSON compliant"):
+    with pytest.raises(RefusedError, match=r"metrics\.perplexity is no number: nan"):
         write_result(place(tmp_path), {**CONTENT, "metrics": {"perplexity": float("nan")}})
+    with pytest.raises(RefusedError, match="not JSON compliant"):
+        write_result(place(tmp_path), {**CONTENT, "curves": {"loss": [float("nan")]}})
     assert not list(tmp_path.rglob("*.json*"))
 
 

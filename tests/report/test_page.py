@@ -23,7 +23,7 @@ def write_all(folder: Path) -> Path:
                 if part.experiment in ("flops", "cost"):
                     write(folder, part.experiment, row, 0, **flops(lambda n: n**2))
                 elif row != "nash":
-                    for seed in range(1, 1 + (part.seeds or 1)):
+                    for seed in range(1, 1 + (part.seeds or 3)):
                         bits = 2 + 0.01 * len(row) + 0.001 * seed
                         write(folder, part.experiment, row, seed, **language_model(bits))
     return folder
@@ -102,9 +102,21 @@ def test_that_training_diverged_is_told(add: Add, tmp_path: Path) -> None:
     (section,) = (s for s in make_report(tmp_path).sections if s.exhibit.name == "figure5")
     (table,) = section.tables
     (row,) = (row for row in table.rows if row[0] == "dense convolution")
-    assert row[table.columns.index("seeds")] == "1"
+    assert row[table.columns.index("seeds")] == "1 of 2"
     told = "Training of dense convolution diverged: no loss after step 84 (seed 1)."
     assert told in table.notes
+
+
+def test_a_diverged_reference_leaves_the_others(results: Path, add: Add) -> None:
+    add("books", "full", 1, metrics={"parameters": 5e7}, diverged=84, curves={})
+    (section,) = (s for s in make_report(results).sections if s.exhibit.name == "table1")
+    table = next(t for t in section.tables if "by position" in t.caption)
+    assert table.rows[0][table.columns.index("MAHA convex")].startswith("+0.029")
+
+
+def test_settings_of_every_row_are_there(report: Report) -> None:
+    rows = {result.run[:3] for result in report.results}
+    assert html(report).count("<pre>{") == len(rows) > 60
 
 
 def test_differences_by_position_have_intervals(report: Report) -> None:
@@ -214,6 +226,7 @@ def test_in_a_browser(results: Path) -> None:
         assert tab.value(cells) == [mean, mean, static, static]
         tab.value(click)
         assert tab.value(cells)[0] == static
+        assert tab.value("number('−1,000.5 ± 3')") == -1000.5  # as signs are written here
         assert tab.problems == []
 
 

@@ -142,16 +142,26 @@ def test_speeds_are_compared_at_one_commit_on_one_device() -> None:
         assert (found.value, found.seeds) == (-2, 1)
 
 
-def test_slope_of_times_has_an_error_and_that_of_counts_has_none() -> None:
+def test_slope_of_times_varies_over_runs_and_that_of_counts_does_not() -> None:
     lengths = [8192, 16384, 32768, 65536]
     values = [8.0, 17.0, 31.0, 65.0]
-    row = [result(0, curves={"length": lengths, "train_ms": values, "layer_flops": values})]
+    curves = {"length": lengths, "train_ms": values, "layer_flops": values}
+    row = [result(0, curves=curves)]
     fixed = {"text": "t", "source": "s", "measure": "slope", "cases": [], "at_most": 1.25}
-    timed = slope(Claim(**fixed, metric="train_ms", between=[8192, 65536]), row)
-    counted = slope(Claim(**fixed, metric="layer_flops", between=[8192, 65536]), row)
-    assert timed is not None
-    assert counted is not None
+    timed, counted = (
+        Claim(**fixed, metric=name, between=[8192, 65536]) for name in ("train_ms", "layer_flops")
+    )
     line = linregress([math.log(n) for n in lengths], [math.log(v) for v in values])
-    assert timed.value == counted.value == pytest.approx(line.slope)
-    assert counted.half == 0
-    assert timed.half == pytest.approx(line.stderr * half_width(1, 2))
+    once, exactly = slope(timed, row), slope(counted, row)
+    assert once is not None
+    assert exactly is not None
+    assert once.value == exactly.value == pytest.approx(line.slope)
+    assert once.missing == ("seeds",)
+    assert exactly.half == 0
+    faster = [n / 1000 for n in lengths]
+    row.append(result(1, curves=curves | {"train_ms": faster}))
+    row.append(result(2, curves=curves, device="other"))
+    twice = slope(timed, row)
+    assert twice is not None
+    assert (twice.seeds, twice.missing) == (2, ())
+    assert twice.value == pytest.approx((line.slope + 1) / 2)

@@ -72,8 +72,8 @@ BETTER_3, WORSE_3, OPEN_3 = [1.79, 1.8, 1.81], [2.09, 2.1, 2.11], [1.8, 1.9, 2.2
         ),
         (
             *(BETTER_3, [1.0], "not fully measured"),
-            "Holds with convex fusion (−0.2000 ± 0.0248 bits per byte). One seed: with Nash "
-            "fusion (−1.0000 ± 0.0000 bits per byte over books alone).",
+            "Holds with convex fusion (−0.2000 ± 0.0248 bits per byte). Fewer than three seeds: "
+            "with Nash fusion (−1.0000 ± 0.0000 bits per byte over books alone).",
         ),
     ],
 )
@@ -92,11 +92,23 @@ def test_difference(
     assert verdict.first.conditions == "no"  # the small budget is not the paper's
 
 
-def test_two_seeds_need_a_wide_margin(add: Add, tmp_path: Path) -> None:
-    """Twice the standard error, 0.02, would decide; Student's t of two values is 12.7."""
-    verdict = verdict_on(add, tmp_path, [1.89, 1.91], [1.89, 1.91])
-    assert verdict.status == "undecided"
-    assert verdict_on(add, tmp_path, [1.7, 1.72], [1.7, 1.72]).status == "holds"
+def test_two_seeds_decide_nothing(add: Add, tmp_path: Path) -> None:
+    verdict = verdict_on(add, tmp_path, [1.7, 1.7], [1.7, 1.72])
+    assert verdict.status == "not fully measured"
+    assert verdict.sentence.startswith("Fewer than three seeds: with convex fusion (−0.3000")
+
+
+def test_survivors_of_divergence_decide_nothing(add: Add, tmp_path: Path) -> None:
+    verdict_on(add, tmp_path, BETTER_3, [])
+    add("ablations", "convex", 2, metrics={"parameters": 5e7}, diverged=9, curves={})
+    for seed in (1, 2, 3):
+        add("ablations", "nash", seed, metrics={"parameters": 5e7}, diverged=9, curves={})
+    verdict = judge(BETTER, selected(tmp_path, "ablations", *ROWS), "e")
+    assert verdict.status == "not fully measured"
+    assert verdict.sentence == (
+        "Training diverged: with convex fusion (−0.2000 ± 0.1271 bits per byte; 1 of 3 seeds "
+        "diverged); with Nash fusion (3 of 3 seeds diverged)."
+    )
 
 
 def test_a_control_decides_nothing(add: Add, tmp_path: Path) -> None:
@@ -120,13 +132,17 @@ def test_a_smoke_test_decides_nothing(add: Add, tmp_path: Path) -> None:
     assert "only a smoke test" in verdict.sentence
     empty = judge(BETTER, selected(tmp_path, "books", "convex"), "e")
     assert "no run of it" in empty.sentence
+    add("ablations", "mean", **language_model(2.0))
+    add("ablations", "convex", **language_model(2.0), device_class="cpu")
+    refused = judge(BETTER, selected(tmp_path, "ablations", "mean", "convex"), "e")
+    assert refused.sentence == "Not measured: its results may not stand in one table."
 
 
 def accuracy_verdict(add: Add, folder: Path, **content: Any) -> Verdict:
-    """The verdict on 75 % against 70 % of 400 sentences, two seeds."""
+    """The verdict on 75 % against 70 % of 400 sentences, three seeds."""
     for row, number, errors in (("maha", 75.0, 100), ("full", 70.0, 120)):
         given = {"correct": "1" * (400 - errors) + "0" * errors} | content
-        for seed in (1, 2):
+        for seed in (1, 2, 3):
             document = language_model(2.0, accuracy=number) | given
             add("sst2", row, seed, **{k: v for k, v in document.items() if v is not None})
     claim = Claim(

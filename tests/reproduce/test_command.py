@@ -15,7 +15,9 @@ import torch
 
 from maha_attn.cli import main
 from maha_attn.experiments.definition import exhibits, experiments
-from maha_attn.reproduce.runner import Selection, jobs
+from maha_attn.experiments.results import write_result
+from maha_attn.reproduce.job import Clock, Job
+from maha_attn.reproduce.runner import Selection, jobs, run_missing
 
 
 def test_figure3_is_drawn_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,13 +175,44 @@ def test_a_row_that_fails_does_not_take_the_others_along(
     assert "FAILED flops/paper, seed 0: RuntimeError: no way" in printed
 
 
+def test_results_are_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "results").write_text("")
+    with pytest.raises(SystemExit):
+        main(["reproduce", "table2", "--results", str(file)])
+    assert f"--results must be a folder; {file} is a file" in capsys.readouterr().err
+
+
+def job(experiment: str, row: str, folder: Path, base: Job | None = None) -> Job:
+    return Job(
+        **{"experiment": experiments()[experiment], "row": row, "seed": 1, "budget": "small"},
+        **{"folder": folder / "run", "device": torch.device("cpu"), "pretrained": base},
+    )
+
+
+def test_what_would_be_refused_or_has_no_start_is_not_run(tmp_path: Path) -> None:
+    known = {name: "x" for name in ("experiment", "row", "budget", "command", "date", "commit")}
+    known |= {"device": "H200", "versions": {"torch": "2"}, "data": {"fingerprint": "f"}, "seed": 1}
+    known |= {"metrics": {"x": 1}, "settings": {"s": 1}, "device_class": "gpu"}
+    there = {"experiment": "books", "row": "full", "budget": "small"}
+    write_result(job("books", "full", tmp_path).result(tmp_path), known | there)
+    base = job("mlm", "maha", tmp_path)
+    ended = {"experiment": "mlm", "row": "maha", "budget": "small", "diverged": 3}
+    write_result(base.result(tmp_path), known | ended | {"device_class": "cpu"})
+    todo = [job("books", "convex", tmp_path), job("sst2", "maha", tmp_path, base)]
+    outcome = run_missing(todo, tmp_path, "maha reproduce x", Clock())
+    assert not outcome.done
+    other, lost = outcome.failed.values()
+    assert "has results of another class of device, gpu" in other
+    assert lost == "what it would start from, mlm/maha, seed 1, diverged"
+
+
 def test_jobs_are_each_wanted_once_and_first_seeds_come_first(tmp_path: Path) -> None:
     options = {"budget": "small", "device": torch.device("cpu"), "results": tmp_path}
     selection = Selection(**options, runs=tmp_path)
     chosen = [exhibits()[name] for name in ("table2", "figure4")]
     todo = jobs(chosen, experiments(), selection)
     names = [(job.row, job.seed) for job in todo]
-    assert len(set(names)) == len(names) == 19  # 5 fusions × 3 seeds, 2 other rows × 2 seeds
+    assert len(set(names)) == len(names) == 21  # 5 fusions and 2 other rows × 3 seeds
     assert [seed for _, seed in names] == sorted(seed for _, seed in names)
     few = Selection(**options, runs=tmp_path, seeds=[7], rows=["gate", "convex"])
     assert [(job.row, job.seed) for job in jobs(chosen, experiments(), few)] == [
@@ -209,7 +242,10 @@ def test_what_a_run_starts_from_comes_before_it(tmp_path: Path) -> None:
         ("table9", "NAME must be one of table1, table2"),
         ("table2 --rows=convx", "table2 has no row convx; it has convex, gate"),
         ("table1 --experiments=book", "table1 has no experiment book; it has books, mnli"),
-        ("table2 --seeds=a", "--seeds"),
+        ("table2 --seeds=a", "--seeds: must be whole numbers from 0, as 1,2; got 'a'"),
+        ("table2 --seeds=-1", "--seeds: must be whole numbers from 0"),
+        ("table2 --time_limit=nan", "--time_limit: must be a number of seconds from 0; got 'nan'"),
+        ("table1 --experiments=sst2 --rows=convex", "no row convex is in sst2"),
         ("table2 --budget=huge", "--budget"),
         ("table2 --device=tpu", "--device must be auto, cpu or cuda; got 'tpu'"),
         ("table2 --bugdet=small", "--bugdet"),

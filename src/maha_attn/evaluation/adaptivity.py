@@ -29,7 +29,8 @@ def weight_variation(
     Returns:
         ``moved_by_head``: ``E[½ Σ_s |w_s - E w_s|] / Σ_s E w_s`` a layer and head, the share of the
         weight that is not where it is on the average: 0 for a static fusion, at most 1, also where
-        weights do not sum to 1 (Nash). ``moved``: its mean.
+        weights do not sum to 1 (Nash). ``moved``: its mean; ``moved_by_window``: the windows'
+        shares in that, whose mean it is.
         ``layers``: for each layer its index ``layer``, ``strides``, and per head and scale the
         ``mean``, the standard deviation ``sd`` over tokens and the ``quantiles`` (of `QUANTILES`).
         None where no layer has more than one scale, or windows are shorter than one block.
@@ -53,8 +54,8 @@ def weight_variation(
     for layer, parts in collected.items():
         weights = torch.cat(parts, dim=1)
         mean = weights.mean(1, keepdim=True)
-        apart = (weights - mean).abs().sum(-1).mean(1) / 2
-        moved.append(apart / mean[:, 0].sum(-1).clamp(min=1e-9))
+        apart = (weights - mean).abs().sum(-1).unflatten(1, (len(parts), -1)).mean(-1) / 2
+        moved.append(apart / mean.sum(-1).clamp(min=1e-9))  # [heads, windows]
         levels = torch.tensor(QUANTILES, device=weights.device)
         layers.append(
             {
@@ -65,8 +66,13 @@ def weight_variation(
                 "quantiles": _rounded(_quantiles(weights, levels).permute(1, 2, 0)),
             }
         )
-    by_head = torch.stack(moved)
-    return {"moved": by_head.mean().item(), "moved_by_head": _rounded(by_head), "layers": layers}
+    shares = torch.stack(moved)
+    return {
+        "moved": shares.mean().item(),
+        "moved_by_head": _rounded(shares.mean(-1)),
+        "moved_by_window": shares.mean((0, 1)).tolist(),
+        "layers": layers,
+    }
 
 
 def _quantiles(weights: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

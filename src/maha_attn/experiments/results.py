@@ -11,6 +11,7 @@ fusion, attention of language models; scores by test example (``correct``, ``sco
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ REQUIRED = (
     *("experiment", "row", "budget", "data", "metrics", "command", "date", "device_class"),
     *PROVENANCE,
 )
+
+
+_KINDS = {
+    **dict.fromkeys(("data", "metrics", "versions", "settings"), dict),
+    **dict.fromkeys(("experiment", "row", "budget", "commit", "date", "device"), str),
+    "seed": int,
+}
 
 
 class RefusedError(ValueError):
@@ -40,6 +48,11 @@ class Result:
     def __getitem__(self, name: str) -> Any:
         """A field of the document."""
         return self.content[name]
+
+    @property
+    def diverged(self) -> int | None:
+        """The step after which the loss was no number; None: it was one to the end."""
+        return self.content.get("diverged")
 
     @property
     def run(self) -> tuple[str, str, str, int]:
@@ -93,10 +106,24 @@ def _check(content: object, where: str) -> None:
         raise RefusedError(f"{where}: expected an object, got {type(content).__name__}")
     if missing := [name for name in REQUIRED if content.get(name) in (None, "", {})]:
         raise RefusedError(f"{where}: lacks {', '.join(missing)}")
+    for name, kind in _KINDS.items():
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise RefusedError(f"{where}: {name} is no {kind.__name__}: {content[name]!r:.40}")
+    for name, number in content["metrics"].items():
+        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise RefusedError(f"{where}: metrics.{name} is no number: {number!r:.40}")
+    if "fingerprint" not in content["data"]:
+        raise RefusedError(f"{where}: lacks data.fingerprint")
 
 
-def read_results(folder: Path) -> tuple[list[Result], list[str]]:
-    """All runs under a folder, and why the others were refused."""
+def read_results(folder: Path, root: Path | None = None) -> tuple[list[Result], list[str]]:
+    """All runs under a folder, and why the others were refused.
+
+    Args:
+        folder: Where to look.
+        root: The folder of all results, where that is another one.
+    """
+    root = root or folder
     results, refused = [], []
     for path in sorted(folder.rglob("*.json")):
         if path.name.startswith("."):
@@ -104,7 +131,7 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
         try:
             result = read_result(path)
             experiment, budget, row, seed = result.run
-            if path != result_path(folder, experiment, budget, row, seed):
+            if path != result_path(root, experiment, budget, row, seed):
                 raise RefusedError(f"{path}: holds {experiment}/{budget}/{row}, seed {seed}")
         except RefusedError as error:
             refused.append(str(error))

@@ -30,7 +30,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("results", nargs="?", type=Path, default=FOLDER, help=f"default: {FOLDER}")
-    parser.add_argument("--budget", choices=BUDGETS, help="default: the largest that a table has")
+    parser.add_argument(
+        "--budget", choices=BUDGETS, help="default: the one that has most rows of a table"
+    )
     parser.add_argument("--html", type=Path, help="the page; default: report.html in the folder")
     parser.add_argument("--markdown", type=Path, help="default: report.md in the folder")
     parsed, unknown = parser.parse_known_args(arguments)

@@ -126,7 +126,7 @@ def _option(part: Selected, group: str, labels: dict[str, Any], reference: str) 
         )
         style = {"showarrow": False, "xanchor": "right", "yanchor": "bottom"}
         font = {"size": 11, "color": "#6b7280"}
-        figure.add_annotation(x=names[-1], y=height, text=label, font=font, **style)
+        figure.add_annotation(x=len(names) - 1, y=height, text=label, font=font, **style)
     figure.update_xaxes(type="category", title=group)
     figure.update_yaxes(title=metric(column).label)
     return figure.update_layout(height=300)

@@ -49,9 +49,12 @@ METRICS = {
     "sequences_per_s": Metric("training, sequences/s", 1, by_device=True),
     "peak_bytes": Metric("peak memory, GiB", 2, 2**30, exact=True),
     "parameters": Metric("parameters, M", 2, 1e6, exact=True),
-    "weight_moved": Metric("weight that moves", 3),
-    "weight_moved_untrained": Metric("… before training", 3),
-    "weight_moved_gain": Metric("weight that moves beyond its untrained value", 3),
+    "feed_forward": Metric("feed-forward width", 0, exact=True),
+    "weight_moved": Metric("weight that moves", 3, sample="windows"),
+    "weight_moved_untrained": Metric("… before training", 3, sample="windows"),
+    "weight_moved_gain": Metric(
+        "weight that moves beyond its untrained value", 3, sample="windows"
+    ),
     "least_moving_head": Metric("… of the stillest head", 3),
     "most_moving_head": Metric("… of the liveliest head", 3),
     "static_cost": Metric("lost with weights held still", 4, unit="bits per byte", sample="books"),
@@ -133,7 +136,12 @@ def _static_cost(result: Result) -> float | None:
     return None if static is None else static - result["metrics"]["bits_per_byte"]
 
 
+def _feed_forward(result: Result) -> float | None:
+    return result["settings"].get("model", {}).get("intermediate_size")
+
+
 _DERIVED: dict[str, Callable[[Result], float | None]] = {
+    "feed_forward": _feed_forward,
     "weight_moved": _moved,
     "weight_moved_untrained": _untrained,
     "weight_moved_gain": _gain,

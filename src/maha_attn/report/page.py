@@ -24,8 +24,8 @@ DRAWN_TABLES = {"by_position": position_table, "attention_maps": attention_table
 LEGEND = (
     "Verdicts: *holds* or *does not hold* where the 95 % interval lies on one side of the claim's "
     "bound, *undecided* where it does not or where a source of variance is not recorded; *holds "
-    "under a condition* where cases differ; *not fully measured* while a case has no run or one "
-    "seed.",
+    "under a condition* where cases differ; *not fully measured* while a case has no run or fewer "
+    "than three seeds, or some of its runs diverged.",
     "± after a difference is half the 95 % interval, by Student's t over training seeds and over "
     "the test part, added in quadrature; rows are compared on the same seeds and test part. After "
     "the value of one row it is the standard error over the held-out books, common to all rows for "
@@ -67,6 +67,12 @@ class Report:
         found = [verdict for section in self.sections for verdict in section.verdicts]
         return sorted(found, key=lambda verdict: STATUSES.index(verdict.status))
 
+    @property
+    def first_runs(self) -> list[Result]:
+        """One of every row of every experiment and budget."""
+        rows = {result.run[:3]: result for result in reversed(self.results)}
+        return list(reversed(rows.values()))
+
     def distinct(self, name: str) -> list[str]:
         """The different values of a field over all results."""
         return distinct(self.results, name)
@@ -77,7 +83,7 @@ def make_report(folder: Path, budget: str | None = None) -> Report:
 
     Args:
         folder: Of the result files.
-        budget: Show the results of this budget only; None: of the largest that each table has.
+        budget: Show the results of this budget only; None: of that with most rows of each table.
     """
     results, refused = read_results(folder)
     return Report([_section(e, results, budget) for e in exhibits().values()], results, refused)

@@ -109,6 +109,11 @@ def _label(axes: Axes, layout: Any) -> None:
         axes.set_xscale("log")
     if layout.yaxis.type == "log":
         axes.set_yscale("log")
+    if layout.yaxis.range is not None:
+        axes.set_ylim(*layout.yaxis.range)
+    for note in layout.annotations:
+        style = {"ha": note.xanchor, "va": note.yanchor, "color": note.font.color}
+        axes.annotate(note.text, (note.x, note.y), fontsize=8, **style)
     for axis, options in ((axes.xaxis, layout.xaxis), (axes.yaxis, layout.yaxis)):
         if options.tickvals is not None:
             axis.set_ticks(list(options.tickvals), list(options.ticktext))

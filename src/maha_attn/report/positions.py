@@ -42,13 +42,13 @@ class Bin:
 
 
 def position_bins(results: Sequence[Result], reference: Sequence[Result] | None) -> list[Bin]:
-    """The bins of a row's results; empty where a result has none."""
-    pairs = [(a, b) for a in results for b in reference or () if a["seed"] == b["seed"]]
-    if not all(result.content.get("positions") for result in results):
-        return []
+    """The bins of a row's results, but for those that have none."""
+    having = [result for result in results if result.content.get("positions")]
+    others = [result for result in reference or () if result.content.get("positions")]
+    pairs = [(a, b) for a in having for b in others if a["seed"] == b["seed"]]
     bins = []
-    for index, entry in enumerate(results[0]["positions"]):
-        losses = [_loss(result, index) for result in results]
+    for index, entry in enumerate(having[0]["positions"] if having else []):
+        losses = [_loss(result, index) for result in having]
         found = None
         if pairs and reference is not results:
             values = [_loss(a, index) - _loss(b, index) for a, b in pairs]
@@ -84,6 +84,7 @@ def _books_error(pairs: Sequence[tuple[Result, Result]], index: int) -> tuple[fl
 def by_position(selected: Sequence[Selected], options: dict[str, Any]) -> list[Panel]:
     """Loss against the number of tokens before the predicted one, and differences from full."""
     losses, differences, farthest = empty_figure(), empty_figure(), 1
+    values: list[float] = []
     for part, row, results, color in colored(selected):
         bins = position_bins(results, part.rows.get(REFERENCE))
         if not bins:
@@ -103,11 +104,14 @@ def by_position(selected: Sequence[Selected], options: dict[str, Any]) -> list[P
             halves = [e.half or 0.0 for e in found]
             bars = {"array": halves, "thickness": 1, "width": 3} if any(halves) else None
             differences.add_scatter(y=[e.value for e in found], error_y=bars, **fixed)
+            values += [e.value for e in found]
     if not losses.data:
         return []
     panels = [Panel("Loss by position in the context", losses)]
     if differences.data:
         differences.add_hline(y=0, line={"color": MUTED, "dash": "dash", "width": 1})
+        room = 0.5 * (max(values) - min(values)) + 0.01  # Bars may reach far beyond.
+        differences.update_yaxes(range=[min(values) - room, max(values) + room])
         panels.append(Panel("Difference from full attention (below 0: better)", differences))
     for panel in panels:
         powers = [10**k for k in range(5) if 10**k <= farthest]
@@ -134,20 +138,26 @@ def position_table(selected: Sequence[Selected]) -> Table | None:
             for i, b in enumerate(full)
         ]
         columns = ["tokens before", part.experiment.rows[REFERENCE].label]
-        over = {
-            source: None
-            for bins in rows.values()
-            for b in bins
-            for source in (b.difference.over if b.difference else ())
-        }
-        note = (
-            f"±: half the 95 % interval, over {' and '.join(over)}."
-            if over
-            else "One seed, and files without sums by book: no intervals."
-        )
         caption = "Loss by position and its difference from full attention's, bits per token"
-        return Table(caption, [*columns, *rows], cells, [f"{note} Below 0: better than full."])
+        notes = [
+            "±: half the 95 % interval, over seeds and books. Below 0: better than full.",
+            *_lacking(rows),
+        ]
+        return Table(caption, [*columns, *rows], cells, notes)
     return None
+
+
+def _lacking(rows: dict[str, list[Bin]]) -> list[str]:
+    """Which sources of variance the intervals of which rows leave out."""
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for label, bins in rows.items():
+        if missing := next((b.difference.missing for b in bins if b.difference), ()):
+            lacking.setdefault(missing, []).append(label)
+    return [
+        f"The intervals lack {' and '.join(missing)} (one seed, or files without sums by book): "
+        f"{', '.join(labels)}."
+        for missing, labels in lacking.items()
+    ]
 
 
 def _signed(found: Estimate | None) -> str:

@@ -17,7 +17,7 @@ class Selected:
     Attributes:
         part: What was asked for.
         experiment: Of which experiment.
-        budget: The name of the largest budget of which there is a result; None: nothing was run.
+        budget: The name of the one that is shown; None: nothing was run.
         rows: Results by row, in the part's order and by seed; rows without any are left out.
         refused: Why the results may not stand in one table; then ``rows`` is empty.
     """
@@ -103,11 +103,12 @@ def select(
         part: What is asked for.
         experiment: Its experiment.
         results: All results.
-        budget: Of this budget; None: of the largest one of which there is a result.
+        budget: Of this budget; None: of the one with most rows, the largest of several.
     """
     wanted = [r for r in results if r["experiment"] == experiment.name and r["row"] in part.rows]
-    found = [name for name in BUDGETS if any(r["budget"] == name for r in wanted)]
-    budget = budget or (found[-1] if found else None)
+    if budget is None and wanted:
+        rows = Counter(name for name, _ in {(r["budget"], r["row"]) for r in wanted})
+        budget = max(rows, key=lambda name: (rows[name], BUDGETS.index(name)))
     wanted = [r for r in wanted if r["budget"] == budget]
     if budget is None or not wanted:
         return Selected(part, experiment)

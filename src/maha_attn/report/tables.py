@@ -61,7 +61,7 @@ def part_table(selected: Selected) -> Table | None:
             metric(first).text(part.claimed.get(name)),
             _cell(selected, results, first),
             *([_against(first, results, reference)] if part.reference else []),
-            *(("–", "exact") if exact else (str(len(values) or "–"), spread)),
+            *(("–", "exact") if exact else (_seeds(results, len(values)), spread)),
             selected.printed(name),
         ]
         for column in others:
@@ -79,6 +79,12 @@ def part_table(selected: Selected) -> Table | None:
         *(metric(column).label for column in others),
     ]
     return Table(selected.experiment.title, columns, rows, _notes(selected, rows))
+
+
+def _seeds(results: Sequence[Result], having: int) -> str:
+    """How many have the number, and of how many where others diverged."""
+    diverged = any(result.diverged is not None for result in results)
+    return f"{having} of {len(results)}" if diverged else str(having or "–")
 
 
 def _label(selected: Selected, name: str) -> str:
@@ -145,7 +151,9 @@ def _notes(selected: Selected, rows: list[list[str]]) -> list[str]:
     if any(IN_PART in cell for cell in cells):
         notes.append(f"{IN_PART} The interval lacks a source of variance: {_lacking(selected)}.")
     if any(cell.endswith(")") for cell in cells):
-        notes.append("(n): over n seeds alone; runs that share a device record no speed.")
+        notes.append("(n): over n seeds alone: of others the number was not recorded.")
+    if part.reference in selected.rows and _lacks_pairs(selected):
+        notes.append("Differences are means over the seeds that both rows have.")
     if selected.timed and len(distinct(selected.results, "device")) > 1:
         notes.append(f"Times are those on one device, {selected.timed[0]['device']}.")
     notes += [line for name in selected.rows if (line := _cannot(selected, name))]
@@ -156,12 +164,21 @@ def _notes(selected: Selected, rows: list[list[str]]) -> list[str]:
     return notes
 
 
+def _lacks_pairs(selected: Selected) -> bool:
+    """Whether some row has other seeds than the reference."""
+    column = selected.part.columns[0]
+    seeds = [
+        {r["seed"] for r in selected.with_value(row, column)} for row in selected.rows.values()
+    ]
+    return any(own != seeds[0] for own in seeds)
+
+
 def _diverged(selected: Selected, name: str) -> str:
     """Which seeds of a row ended without a loss."""
     ended = [
         f"step {step} (seed {result['seed']})"
         for result in selected.rows[name]
-        if (step := result.content.get("diverged")) is not None
+        if (step := result.diverged) is not None
     ]
     label = selected.experiment.rows[name].label
     return f"Training of {label} diverged: no loss after {', '.join(ended)}." if ended else ""

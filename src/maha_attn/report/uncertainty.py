@@ -10,7 +10,7 @@ decided.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from maha_attn.experiments.statistics import RESAMPLES, paired_books_error
 from maha_attn.report.metrics import Metric, metric, value
 
 Pair = tuple[Result, Result]
+Sampled = tuple[float, int] | None
+"""A standard error over the test part and its degrees of freedom; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def estimate(
     if than is None:
         having = [result for result in row if value(result, column) is not None]
         values = [value(result, column) or 0.0 for result in having]
-        sample = _static_error(having) if column == "static_cost" and having else None
+        sample = _SAMPLES.get(column, lambda _: None)(having) if having else None
         return combine(known, values, sample) if having else None
     pairs = _pairs(known, column, row, than)
     if not pairs:
@@ -74,27 +76,24 @@ def estimate(
 
 
 def slope(claim: Claim, row: Sequence[Result]) -> Estimate | None:
-    """Least squares of ``log value`` against ``log length`` over the lengths in between."""
-    curves = row[0]["curves"]
-    low, high = claim.between or (0, math.inf)
-    points = [
-        (math.log(n), math.log(v))
-        for n, v in zip(curves["length"], curves.get(claim.metric, []), strict=False)
-        if low <= n <= high and v is not None
-    ]
-    if len(points) < 3:
-        return None
-    xs, ys = zip(*points, strict=True)
-    found, start = statistics.linear_regression(xs, ys)
-    if metric(claim.metric).exact:
-        return Estimate(found, 0.0, len(row))
-    degrees, center = len(points) - 2, statistics.fmean(xs)
-    residual = math.fsum((y - start - found * x) ** 2 for x, y in points) / degrees
-    error = math.sqrt(residual / math.fsum((x - center) ** 2 for x in xs))
-    return Estimate(found, half_width(error, degrees), len(row), ("lengths",))
+    """Least squares of ``log value`` against ``log length``: the mean over runs of one place."""
+    known, (low, high) = metric(claim.metric), claim.between or (0, math.inf)
+    slopes: dict[tuple[str, ...], list[float]] = {}
+    for result in row:
+        curves = result["curves"]
+        points = [
+            (math.log(n), math.log(v))
+            for n, v in zip(curves["length"], curves.get(claim.metric, []), strict=False)
+            if low <= n <= high and v is not None
+        ]
+        if len(points) > 2:
+            place = (result["device"], result["commit"]) if known.by_device else ()
+            found = statistics.linear_regression(*zip(*points, strict=True)).slope
+            slopes.setdefault(place, []).append(found)
+    return combine(known, max(slopes.values(), key=len), None) if slopes else None
 
 
-def sample_error(column: str, pairs: Sequence[Pair]) -> tuple[float, int] | None:
+def sample_error(column: str, pairs: Sequence[Pair]) -> Sampled:
     """Standard error over the test part of a paired difference, and its degrees of freedom.
 
     Without results by example the error of an accuracy is that of two independent samples, which
@@ -133,7 +132,7 @@ def bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return 100 * np.exp(precision + np.minimum(0, 1 - sums[..., 1] / sums[..., 0]))
 
 
-def _bleu_error(pairs: Sequence[Pair]) -> tuple[float, int] | None:
+def _bleu_error(pairs: Sequence[Pair]) -> Sampled:
     """Standard error over sentences of a difference in BLEU; None in files without their counts."""
     if not all(result.content.get("bleu_statistics") for pair in pairs for result in pair):
         return None
@@ -147,7 +146,7 @@ def _bleu_error(pairs: Sequence[Pair]) -> tuple[float, int] | None:
     return float(np.std(first - second, ddof=1)), sides[0].shape[1] - 1
 
 
-def _static_error(row: Sequence[Result]) -> tuple[float, int] | None:
+def _static_error(row: Sequence[Result]) -> Sampled:
     """Standard error over books of what is lost with weights held at their means."""
     own = [result["documents"] for result in row]
     if not all("static_nll" in document for seed in own for document in seed):
@@ -156,7 +155,32 @@ def _static_error(row: Sequence[Result]) -> tuple[float, int] | None:
     return paired_books_error(held, own), len(own[0]) - 1
 
 
-def combine(known: Metric, values: list[float], sample: tuple[float, int] | None) -> Estimate:
+def _windows_error(names: Sequence[str]) -> Callable[[Sequence[Result]], Sampled]:
+    """Standard error over windows of a share of weight, less another one, of those names."""
+
+    def find(row: Sequence[Result]) -> Sampled:
+        seeds = [[result["fusion"].get(name) for name in names] for result in row]
+        if not all(all(shares) for shares in seeds):
+            return None
+        own, *less = np.array(seeds, dtype=float).mean(0)  # [windows] each
+        windows = own - sum(less)
+        size = len(windows)
+        return (float(windows.std(ddof=1)) / math.sqrt(size), size - 1) if size > 1 else None
+
+    return find
+
+
+_MOVED, _BEFORE = "moved_by_window", "moved_untrained_by_window"
+_SAMPLES: dict[str, Callable[[Sequence[Result]], Sampled]] = {
+    "static_cost": _static_error,
+    "weight_moved": _windows_error([_MOVED]),
+    "weight_moved_untrained": _windows_error([_BEFORE]),
+    "weight_moved_gain": _windows_error([_MOVED, _BEFORE]),
+}
+"""Of a row's own value: its standard error over the test part, and the degrees of freedom."""
+
+
+def combine(known: Metric, values: list[float], sample: Sampled) -> Estimate:
     """An estimate from the values of seeds and the error over the test part.
 
     Args:

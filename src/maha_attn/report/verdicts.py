@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from maha_attn.experiments.definition import Case, Claim
+from maha_attn.experiments.results import Result
 from maha_attn.report.metrics import Metric, metric
 from maha_attn.report.selection import Selected
 from maha_attn.report.uncertainty import Estimate, estimate, slope
@@ -18,15 +19,18 @@ Status = Literal[
     "not measured",
 ]
 STATUSES: tuple[Status, ...] = get_args(Status)
-Outcome = Literal["holds", "fails", "open", "one seed", "control", "missing"]
+Outcome = Literal["holds", "fails", "open", "few seeds", "diverged", "control", "missing"]
 OUTCOMES: dict[Outcome, str] = {
     "holds": "holds",
     "fails": "does not hold",
     "open": "undecided",
-    "one seed": "one seed:",
+    "few seeds": "fewer than three seeds:",
+    "diverged": "training diverged:",
     "control": "beside it:",
     "missing": "not measured:",
 }
+ENOUGH_SEEDS = 3
+"""Two that happen to agree have a small interval, however wide that of the next two would be."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Finding:
     Attributes:
         case: The case.
         outcome: ``open``: its 95 % interval holds the claim's bound, or a source of variance is
-            unknown; ``one seed``: training was not repeated, so nothing is decided.
+            unknown; ``few seeds``: training was repeated too seldom to decide anything;
+            ``diverged``: some of its runs have no number, and the others are a selection.
         text: The measure with its interval.
         seeds: How many; "–" for what is counted.
         conditions: The paper's own, yes or no.
@@ -57,7 +62,7 @@ class Verdict:
         claim: The claim.
         exhibit: The name of the exhibit that decides it.
         status: ``holds`` in every case; ``holds under a condition``: it does in some and does not
-            in others; ``not fully measured`` while a case is missing or has one seed.
+            in others; ``not fully measured`` while a case is missing, has few seeds or diverged.
         sentence: What was found, case by case.
         findings: The cases.
     """
@@ -80,10 +85,8 @@ def judge(claim: Claim, selected: Sequence[Selected], exhibit: str) -> Verdict:
     findings = [f for f in found if f.outcome != "missing" or not f.case.control]
     outcomes = {f.outcome for f in findings if not f.case.control}
     if outcomes == {"missing"}:
-        smoke = any(part.rows and not part.counts for part in selected)
-        why = "only a smoke test was run." if smoke else "no run of it is in the results."
-        return Verdict(claim, exhibit, "not measured", f"Not measured: {why}", findings)
-    if outcomes & {"missing", "one seed"}:
+        return Verdict(claim, exhibit, "not measured", f"Not measured: {_why(selected)}", findings)
+    if outcomes & {"missing", "few seeds", "diverged"}:
         status = "not fully measured"
     elif {"holds", "fails"} <= outcomes:
         status = "holds under a condition"
@@ -92,6 +95,14 @@ def judge(claim: Claim, selected: Sequence[Selected], exhibit: str) -> Verdict:
     else:
         status = "undecided" if "open" in outcomes else "holds"
     return Verdict(claim, exhibit, status, _sentence(findings), findings)
+
+
+def _why(selected: Sequence[Selected]) -> str:
+    """Nothing was measured."""
+    if any(part.refused for part in selected):
+        return "its results may not stand in one table."
+    smoke = any(part.rows and not part.counts for part in selected)
+    return "only a smoke test was run." if smoke else "no run of it is in the results."
 
 
 def _sentence(findings: Sequence[Finding]) -> str:
@@ -122,17 +133,27 @@ def _find(claim: Claim, case: Case, selected: Sequence[Selected]) -> Finding:
             found = slope(claim, row)
         else:
             found = estimate(claim.measure, column, row, than)
-        if found is not None:
-            text = describe(claim.measure, claim.metric, found, claim.percent)
-            seeds = "–" if metric(column).exact else str(found.seeds)
-            outcome = "control" if case.control else _outcome(claim, found)
-            return Finding(case, outcome, text, seeds, part.printed(case.row))
+        ended = [_diverged(results) for results in (row, than or [])]
+        text = [describe(claim.measure, claim.metric, found, claim.percent)] if found else []
+        text += [words for words in ended if words]
+        if text:
+            known = metric(column)
+            seeds = "–" if known.exact else str(found.seeds if found else 0)
+            outcome = "diverged" if any(ended) or not found else _outcome(claim, known, found)
+            outcome = "control" if case.control else outcome
+            return Finding(case, outcome, "; ".join(text), seeds, part.printed(case.row))
     return Finding(case, "missing")
 
 
-def _outcome(claim: Claim, found: Estimate) -> Outcome:
-    if "seeds" in found.missing:
-        return "one seed"
+def _diverged(results: Sequence[Result]) -> str:
+    """How many of a row's runs have no number; empty: none."""
+    ended = sum(result.diverged is not None for result in results)
+    return f"{ended} of {len(results)} seeds diverged" if ended else ""
+
+
+def _outcome(claim: Claim, known: Metric, found: Estimate) -> Outcome:
+    if not known.exact and found.seeds < ENOUGH_SEEDS:
+        return "few seeds"
     if claim.at_least is not None:
         margin = found.value - claim.at_least
     else:

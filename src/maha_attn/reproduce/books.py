@@ -29,6 +29,7 @@ from maha_attn.tasks import Task
 from maha_attn.training.model import build_model
 from maha_attn.training.recipe import Recipe
 
+_MOVED = ("moved", "moved_by_window")
 PASSAGE_TOKENS = 256
 """Length of the held-out passage whose attention is kept: twice the tables' windows."""
 
@@ -59,7 +60,7 @@ def judge_on_books(task: Task, model: PreTrainedModel, recipe: Recipe) -> dict[s
     fusion = weight_variation(model, windows, bf16)
     metrics = {**_metrics(documents), "causal": True}
     if fusion is not None:
-        fusion["moved_untrained"] = _untrained(task, model, recipe, windows)
+        fusion |= _untrained(task, model, recipe, windows)
         if _looks(model):
             with frozen_weights(model, fusion["layers"]):
                 static = score()["documents"]
@@ -125,13 +126,14 @@ def _looks(model: PreTrainedModel) -> bool:
 
 def _untrained(
     task: Task, model: PreTrainedModel, recipe: Recipe, windows: NDArray[np.int64]
-) -> float | None:
+) -> dict[str, Any]:
     """By how much the weights of the new model of this seed moved."""
     set_seed(recipe.train.seed)
     new: Any = build_model(task.model_class, recipe.model, None)
     new.to(model.device)
     found = weight_variation(new, windows, recipe.train.bf16)
-    return None if found is None else found["moved"]
+    assert found is not None, "it has the scales of the trained model"
+    return {name.replace("moved", "moved_untrained"): found[name] for name in _MOVED}
 
 
 def _held_out(task: Task) -> tuple[str, list[NDArray[np.int64]], list[dict[str, int]]]:

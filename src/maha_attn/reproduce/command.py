@@ -1,6 +1,7 @@
 """``maha reproduce``: its options, its progress, its summary."""
 
 import argparse
+import math
 import os
 import shlex
 import time
@@ -68,13 +69,13 @@ def parse(arguments: list[str]) -> Options:
         help="smoke: seconds a row; small (default): minutes a row on one GPU; paper: its settings",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--seeds", type=_integers, metavar="N,…", help="instead of the exhibit's")
+    parser.add_argument("--seeds", type=_seeds, metavar="N,…", help="instead of the exhibit's")
     parser.add_argument("--rows", type=_names, metavar="ROW,…", help="only these rows")
     parser.add_argument(
         "--experiments", type=_names, metavar="NAME,…", help="only these parts of the exhibit"
     )
     parser.add_argument(
-        "--time_limit", type=float, metavar="SECONDS", help="then stop at a checkpoint"
+        "--time_limit", type=_seconds, metavar="SECONDS", help="then stop at a checkpoint"
     )
     parser.add_argument(
         "--shared_device",
@@ -97,7 +98,19 @@ def parse(arguments: list[str]) -> Options:
     parts = [part for exhibit in chosen for part in exhibit.parts]
     _check_names(parsed.name, "row", parsed.rows, {row for part in parts for row in part.rows})
     _check_names(parsed.name, "experiment", parsed.experiments, {part.experiment for part in parts})
+    chosen_parts = [
+        part
+        for part in parts
+        if parsed.experiments is None or part.experiment in parsed.experiments
+    ]
+    if parsed.rows and not any(set(parsed.rows) & set(part.rows) for part in chosen_parts):
+        raise ValueError(
+            f"no row {', '.join(parsed.rows)} is in {', '.join(parsed.experiments or ())}; leave "
+            "--rows or --experiments out"
+        )
     command = shlex.join(["maha", "reproduce", *arguments])
+    if parsed.results.exists() and not parsed.results.is_dir():
+        raise ValueError(f"--results must be a folder; {parsed.results} is a file")
     selection = Selection(
         budget=parsed.budget,
         device=_device(parsed.device),
@@ -169,8 +182,21 @@ def _check_names(exhibit: str, kind: str, given: list[str] | None, known: set[st
         )
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 0, as 1,2; got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds from 0; got {text!r}")
+    return seconds
 
 
 def _names(text: str) -> list[str]:

@@ -13,7 +13,10 @@ from maha_attn.reproduce.job import Clock, Job
 
 REFERENCE = "sdpa"
 BY_MACHINE = ("device", "dtype", "rounds", "tokens", "memory", "output")
-MEASURED = ("attention_flops", "layer_flops", "visible_pairs", "train_peak_bytes")
+MEASURED = (
+    *("attention_flops", "closed_form_flops", "layer_flops", "visible_pairs"),
+    *("forward_peak_bytes", "train_peak_bytes"),
+)
 
 
 def measure_cost(job: Job, clock: Clock) -> dict[str, Any] | None:
@@ -36,6 +39,7 @@ def measure_cost(job: Job, clock: Clock) -> dict[str, Any] | None:
     for what in ("forward", "train"):
         times = [_per_sequence(row, what) for row in rows]
         curves[f"{what}_ms"] = times
+        curves[f"{what}_spread_ms"] = [_per_sequence(row, what, "spread_ms") for row in rows]
         curves[f"{what}_speedup"] = [
             None if own is None or (other := _per_sequence(row, what)) is None else other / own
             for own, row in zip(times, reference, strict=True)
@@ -72,6 +76,6 @@ def _arguments(job: Job) -> list[str]:
     ]
 
 
-def _per_sequence(row: dict[str, Any], what: str) -> float | None:
+def _per_sequence(row: dict[str, Any], what: str, number: str = "median_ms") -> float | None:
     """Milliseconds for one row of the batch."""
-    return row[what]["median_ms"] / row["batch"] if what in row else None
+    return row[what][number] / row["batch"] if what in row else None

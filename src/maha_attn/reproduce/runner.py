@@ -13,7 +13,7 @@ import torch
 from maha_attn.bench.measure import provenance
 from maha_attn.experiments.comparison import differences, matter
 from maha_attn.experiments.definition import Exhibit, Experiment
-from maha_attn.experiments.results import RefusedError, read_result, write_result
+from maha_attn.experiments.results import RefusedError, read_result, read_results, write_result
 from maha_attn.reproduce.job import Clock, Job
 from maha_attn.training.run_folder import environment
 
@@ -164,6 +164,10 @@ def run_missing(
         if clock.is_up:
             outcome.left.append(job)
             continue
+        if obstacle := _obstacle(job, results):
+            outcome.failed[job.name] = obstacle
+            tell(job, f"not run: {obstacle}")
+            continue
         tell(job, "started")
         start = time.perf_counter()
         try:
@@ -211,9 +215,31 @@ def device_class(device: torch.device) -> str:
     return "gpu" if device.type == "cuda" else "cpu"
 
 
+def _obstacle(job: Job, results: Path) -> str:
+    """Why a run would be of no use; empty: nothing."""
+    if job.pretrained is not None and _diverged(job.pretrained, results):
+        return f"what it would start from, {job.pretrained.name}, diverged"
+    own, folder = device_class(job.device), job.result(results).parent
+    there = {r["device_class"] for r in read_results(folder, results)[0]}
+    if job.experiment.kind != "flops" and there and own not in there:
+        return (
+            f"{folder} has results of another class of device, {', '.join(there)}, which would be "
+            f"refused beside this one's, {own}; give another folder with --results"
+        )
+    return ""
+
+
+def _diverged(job: Job, results: Path) -> bool:
+    """Its result says so."""
+    try:
+        return read_result(job.result(results)).diverged is not None
+    except RefusedError:
+        return False
+
+
 def _lacks_model(job: Job, todo: Sequence[Job], results: Path) -> bool:
     """Another run is to start from its model, which is not there."""
-    if not job.keeps_model or job.model.is_file():
+    if not job.keeps_model or job.model.is_file() or _diverged(job, results):
         return False
     waiting = (other for other in todo if other.pretrained and other.pretrained.name == job.name)
     return any(changed(other, results) != [] for other in waiting)

@@ -32,7 +32,7 @@ function legend(plot, traces) {
 }
 
 const number = (text) => {
-  const value = parseFloat(text.replace(/,/g, ""));
+  const value = parseFloat(text.replace(/,/g, "").replace("−", "-"));
   return Number.isNaN(value) ? null : value;
 };
 
