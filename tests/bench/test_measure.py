@@ -115,3 +115,30 @@ def test_wrong_benchmark_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "nothing"])
     assert "ops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("layer --width=65 --heads=2", "--width must be a multiple of twice --heads; got 65 and 2"),
+        ("ops --lengths=abc", "--lengths: must be lengths, as 512,4096; got 'abc'"),
+        pytest.param(
+            *("decode --device=cuda", "torch finds no CUDA device here; use cpu"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_options_that_cannot_be(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_another_device_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results" / "bench-first-call.json"
+    file.write_text('{"device": "H200"}')
+    with pytest.raises(SystemExit, match=r"was measured on H200, not .*: name another file"):
+        main(["bench", "first_call", "--device=cpu"])
+    assert file.read_text() == '{"device": "H200"}'

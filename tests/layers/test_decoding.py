@@ -1,13 +1,14 @@
 """A cached sequence, in any chunks, equals one pass over it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maha_attn import AttentionCache
+from maha_attn import AttentionCache, AttentionSpec, MultiscaleAttention
 from maha_attn.layers import decoding
 
 HYBRID = {"gating": True, "dilation": 2}
@@ -139,3 +140,30 @@ def test_wrong_caches_are_named(make_layer):
     _, cache = run(layer, x, [12])
     with pytest.raises(ValueError, match="x must have 2 rows as the cache has, got 3"):
         layer(torch.randn(3, 1, 16), cache=cache)
+
+
+def test_a_gradient_through_continued_tokens_is_refused():
+    layer = MultiscaleAttention(AttentionSpec(hidden_size=16, num_heads=2, window=4))
+    cache = AttentionCache(layer.spec)
+    first, second = torch.randn(2, 2, 9, 16)
+    layer(first, cache=cache).sum().backward()
+    y = layer(second, cache=cache)
+    with pytest.raises(RuntimeError, match=r"continue a cache cannot be differentiated; .*no_grad"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not layer(second, cache=cache).requires_grad
+
+
+def test_a_cache_belongs_to_one_layer():
+    spec = AttentionSpec(hidden_size=16, num_heads=2, window=4)
+    layers, cache = [MultiscaleAttention(spec) for _ in range(2)], AttentionCache(spec)
+    x = torch.randn(1, 9, 16)
+    layers[0](x, cache=cache)
+    with pytest.raises(ValueError, match="another layer: make an AttentionCache for each"):
+        layers[1](x, cache=cache)
+    cache.reset()
+    layers[1](x, cache=cache)
+    copied = copy.deepcopy((layers[1], cache))
+    again = pickle.loads(pickle.dumps((layers[1], cache)))
+    for layer, own in (copied, again):
+        layer(x, cache=own)

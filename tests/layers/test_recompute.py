@@ -97,6 +97,19 @@ def test_what_is_no_plain_projection_is_called():
     assert outputs[2].shape == (1, 4, 2)
 
 
+def test_hooks_of_every_kind_are_called():
+    x, called = torch.randn(1, 4, 8, requires_grad=True), []
+    hooked, other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    hooked.register_full_backward_pre_hook(lambda *_: called.append("backward"))
+    y, _ = project(x, [hooked, other])
+    y.sum().backward()
+    assert called == ["backward"]
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append("every"))
+    project(x, [hooked, other])
+    handle.remove()
+    assert called == ["backward", "every", "every"]
+
+
 def test_projections_under_autocast():
     x = torch.randn(2, 4, 8, requires_grad=True)
     modules = [nn.Linear(8, 8, bias=False) for _ in range(2)]

@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maha_attn.bench.measure import DTYPES, alternate, ceilings, provenance
+from maha_attn.bench.measure import (
+    DTYPES,
+    alternate,
+    ceilings,
+    check_layer,
+    integers,
+    keep_other_devices,
+    provenance,
+)
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.layers.graph import GraphedStep
@@ -229,7 +237,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     contexts = [4096, 16384, 65536]
     parser.add_argument(
-        "--contexts", type=_integers, default=contexts, metavar="N,…", help="tokens in the cache"
+        "--contexts", type=integers, default=contexts, metavar="N,…", help="tokens in the cache"
     )
     parser.add_argument("--rows", type=int, default=8, help="B")
     parser.add_argument("--layers", type=int, default=12)
@@ -245,11 +253,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     output = "results/bench-decode.json"
     parser.add_argument("--output", type=Path, default=Path(output), help=f"default: {output}")
-    return parser.parse_args(arguments)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    options = parser.parse_args(arguments)
+    check_layer(parser, options)
+    keep_other_devices(options.output, Path(output), torch.device(options.device))
+    return options
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

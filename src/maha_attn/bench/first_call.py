@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from maha_attn.bench.measure import DTYPES, provenance
+from maha_attn.bench.measure import DTYPES, check_layer, keep_other_devices, provenance
 from maha_attn.layers.attention import MultiscaleAttention
 from maha_attn.layers.cache import AttentionCache
 from maha_attn.spec import AttentionSpec
@@ -37,9 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/bench-first-call.json"))
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    check_layer(parser, options)
     if options.inner:
         print(json.dumps(_measure(options)))
         return
+    keep_other_devices(options.output, parser.get_default("output"), torch.device(options.device))
     given = sys.argv[1:] if arguments is None else arguments
     with tempfile.TemporaryDirectory() as cache:
         inner = subprocess.run(

@@ -295,6 +295,7 @@ def benchmark(
     """
     options = _parse(prog, description, output, arguments)
     device = torch.device(options.device)
+    keep_other_devices(options.output, Path(output), device)
     limits = ceilings(device, DTYPES[options.dtype])
     print(f"copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s")
     rows = []
@@ -370,7 +371,7 @@ def _parse(
     parser = argparse.ArgumentParser(prog=prog, description=description)
     cuda = torch.cuda.is_available()
     lengths = [512, 1024, 2048, 4096, 16384, 65536]
-    parser.add_argument("--lengths", type=_integers, default=lengths, metavar="N,…")
+    parser.add_argument("--lengths", type=integers, default=lengths, metavar="N,…")
     parser.add_argument("--tokens", type=int, default=65536, help="in a batch: rows × length")
     parser.add_argument("--width", type=int, default=1024, help="D")
     parser.add_argument("--heads", type=int, default=16, help="H")
@@ -383,10 +384,34 @@ def _parse(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=lambda text: text.split(","), default=[], metavar="SIDE,…")
     parser.add_argument("--output", type=Path, default=Path(output), help=f"default: {output}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_layer(parser, options)
+    return options
 
 
-def _integers(text: str) -> list[int]:
+def check_layer(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message where there is no such device, or heads do not divide the width."""
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device={options.device}: torch finds no CUDA device here; use cpu")
+    if options.heads < 1 or options.width % (2 * options.heads):
+        parser.error(
+            f"--width must be a multiple of twice --heads; got {options.width} and {options.heads}"
+        )
+
+
+def keep_other_devices(output: Path, default: Path, device: torch.device) -> None:
+    """End with a message where a result of another device would be overwritten unasked."""
+    if output != default or not output.is_file():
+        return
+    there = json.loads(output.read_text(encoding="utf-8")).get("device")
+    if there != (here := provenance("", {}, device)["device"]):
+        sys.exit(f"{output} was measured on {there}, not {here}: name another file with --output")
+
+
+def integers(text: str) -> list[int]:
+    """The numbers of ``512,4096``."""
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be lengths, as 512,4096; got {text!r}")
     return [int(part) for part in text.split(",")]
 
 

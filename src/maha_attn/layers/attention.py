@@ -1,6 +1,7 @@
 """`MultiscaleAttention`: the whole layer, from tokens to tokens."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,25 @@ class FusionInfo(NamedTuple):
     status: Tensor | None
 
 
+_NUMBERS = count()
+"""By which a cache knows its layer, in copies of the two as well."""
+
+
+class _Continued(torch.autograd.Function):
+    """What a cache was continued by, which has no derivative: said before a gradient is wrong."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, *_: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(
+            "tokens that continue a cache cannot be differentiated; train on whole sequences, or "
+            "decode under torch.no_grad()"
+        )
+
+
 class MultiscaleAttention(nn.Module):
     """Multiscale aggregated hierarchical attention (arXiv 2512.14925; formulation §1 to §7).
 
@@ -61,7 +81,7 @@ class MultiscaleAttention(nn.Module):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.number = spec, next(_NUMBERS)
         width = spec.hidden_size
         self.pyramid = ScalePyramid(spec)
         self.q_proj, self.k_proj = (
@@ -86,8 +106,8 @@ class MultiscaleAttention(nn.Module):
             x: ``[B, N, D]``, floating point, ``N ≥ 1``.
             padding_mask: ``[B, N]`` bool, True at real tokens, of ``x``'s tokens alone. The real
                 tokens of a row are its sequence, wherever the padding stands.
-            cache: An `AttentionCache` (causal only): an empty one is filled; a filled one is
-                continued by the tokens of ``x``.
+            cache: An `AttentionCache` (causal only), the layer's own: an empty one is filled; a
+                filled one is continued by the tokens of ``x``, which cannot be differentiated.
             return_info: Also return the `FusionInfo`.
 
         Returns:
@@ -108,6 +128,8 @@ class MultiscaleAttention(nn.Module):
             output, info = self._full(x, lengths, cache, certified=return_info)
         else:
             output, info = decoding.extend(self, cache, x, lengths)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                output = _Continued.apply(output, x, self.v_proj.weight)
         if cache is not None:
             cache.seen += x.shape[1]
         y = self.out_proj(output)
@@ -316,7 +338,7 @@ class MultiscaleAttention(nn.Module):
                 raise ValueError(
                     "cache needs a causal layer: a bidirectional one sees later tokens"
                 )
-            cache.check(self.spec, x)
+            cache.check(self.spec, self.number, x)
 
     def extra_repr(self) -> str:
         """The options, in ``print(layer)``."""

@@ -63,6 +63,7 @@ class AttentionCache:
         spec, capacity: As above.
         seen: Slots seen, padding included: no row is longer.
         state: The tensors; None before the first pass.
+        owner: The number of the layer that filled it; None before that.
     """
 
     def __init__(self, spec: AttentionSpec, capacity: int = 0) -> None:
@@ -75,6 +76,7 @@ class AttentionCache:
         """Forget everything, and give up its memory."""
         self.seen = 0
         self.state: CacheState | None = None
+        self.owner: int | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -128,10 +130,13 @@ class AttentionCache:
         """Repeat each row ``repeats`` times in a row."""
         self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def check(self, spec: AttentionSpec, x: Tensor) -> None:
-        """Raise `ValueError` where a layer of ``spec`` can't continue this cache by ``x``."""
+    def check(self, spec: AttentionSpec, number: int, x: Tensor) -> None:
+        """Raise `ValueError` where the layer of this number can't continue it by ``x``."""
         if spec != self.spec:
             raise ValueError(f"cache belongs to another layer: made for {self.spec}, got {spec}")
+        if self.owner not in (None, number):
+            raise ValueError("cache belongs to another layer: make an AttentionCache for each")
+        self.owner = number
         if self.state is not None and x.shape[0] != self.batch_size:
             raise ValueError(
                 f"x must have {self.batch_size} rows as the cache has, got {x.shape[0]}; "

@@ -6,6 +6,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as anywhere
 
 from maha_attn.ops.rotary import in_pairs
 
@@ -68,8 +69,11 @@ def under_autocast(x: Tensor) -> bool:
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Does calling ``module`` do nothing but ``xWᵀ + b``?"""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and not hooks and "forward" not in vars(module)
+    own = module._forward_hooks or module._forward_pre_hooks
+    own = own or module._backward_hooks or module._backward_pre_hooks
+    every = anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks
+    every = every or anywhere._global_backward_hooks or anywhere._global_backward_pre_hooks
+    return type(module) is nn.Linear and not own and not every and "forward" not in vars(module)
 
 
 class _Project(torch.autograd.Function):

@@ -58,17 +58,19 @@ def sequence_table(
     Token ``t`` stands at ``(t+1)/stride - 1``: the last token of a block where the block stands.
 
     All layers and steps need the same few tables, and a dozen kernels make one. So they are kept,
-    made for the next power of 2 tokens: the last eight, 8·K·N bytes each in fp32 (32 MiB for K = 64
-    and 64K tokens). Not kept is what is made while somebody listens (`is_watched`), or inside a
-    CUDA graph, which would go on to read a table that was dropped meanwhile. A stream has its own,
-    as nothing else says when a table is ready or no longer read; and so has inference mode.
+    made for the next power of 2 tokens up to 4096 and the next 4096 from there: the last 32, 8·K·N
+    bytes each in fp32 (32 MiB for K = 64 and 64K tokens). Not kept is what is made while somebody
+    listens (`is_watched`), or inside a CUDA graph, which would go on to read a table that was
+    dropped meanwhile. A stream has its own, as nothing else says when a table is ready or no longer
+    read; and so has inference mode.
     """
     options = (head_dim, theta, dtype, device, stride, paired)
     on_gpu = device.type == "cuda"
     if is_watched() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return _sequence_table(length, *options)
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    rounded = 1 << (max(length, 256) - 1).bit_length()
+    step = min(1 << (max(length, 256) - 1).bit_length(), 4096)
+    rounded = -(-length // step) * step
     return _kept_table(torch.is_inference_mode_enabled(), stream, rounded, *options)[:length]
 
 
@@ -85,7 +87,7 @@ def _sequence_table(
     return (paired_table if paired else rotary_table)(positions, head_dim, theta, dtype)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _kept_table(inference: bool, stream: int, length: int, *options: Any) -> Tensor:
     """`_sequence_table`, for one mode and one stream."""
     return _sequence_table(length, *options)
