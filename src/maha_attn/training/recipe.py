@@ -233,18 +233,18 @@ def parse_recipe(
         ValueError: An option or its value is unknown.
     """
     sections = {name: recipe[name] for name in SECTIONS if name in recipe}
+    where = f"recipe {path}"
     try:
-        parsed = (
-            parser.parse_object(sections)
-            if not overrides
-            else parser.parse_args(overrides, namespace=parser.parse_object(sections))
-        )
+        parsed = parser.parse_object(sections)
+        if overrides:
+            where = f"{where} and the options beside it"
+            parsed = parser.parse_args(overrides, namespace=parsed)
         parsed.train.output_dir = parsed.train.output_dir or str(Path("runs") / Path(path).stem)
         objects = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise ValueError(f"recipe {path}: {error}{_did_you_mean(str(error), parser)}") from error
+        raise ValueError(f"{where}: {error}{_did_you_mean(str(error), parser)}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"recipe {path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     keys = {name: recipe.get(name) for name in ("task", "pretrained")}
     settings = keys | yaml.safe_load(parser.dump(parsed, skip_unset=False))
     return Recipe(
