@@ -111,6 +111,11 @@ def test_bleu_is_that_of_the_sums_and_sentences_are_a_sample() -> None:
     assert difference.half == pytest.approx(half_width(float(jackknife), 59), rel=0.15)
 
 
+def test_texts_without_n_grams_have_no_bleu() -> None:
+    """Nor a warning, which is an error here."""
+    assert math.isnan(float(bleu(np.array([1.0, 2.0, 0, 0, 0, 0, 1, 0, 0, 0]))))
+
+
 def test_books_are_a_sample_of_what_held_weights_lose() -> None:
     lost = [0.01, 0.03] * 10
     books = [

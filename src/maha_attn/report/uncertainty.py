@@ -127,7 +127,7 @@ def resamples(size: int) -> NDArray[np.float64]:
 
 def bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """BLEU (Papineni et al. 2002) of sums of ``[length, reference's, matches 1 … 4, n-grams]``."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # Sentences of less than four words.
         precision = np.log(sums[..., 2:6] / sums[..., 6:]).mean(-1)
     return 100 * np.exp(precision + np.minimum(0, 1 - sums[..., 1] / sums[..., 0]))
 
