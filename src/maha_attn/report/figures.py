@@ -6,9 +6,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from maha_attn.experiments.results import Result
 from maha_attn.report.attention import attention_maps, weight_distribution
-from maha_attn.report.metrics import metric, value
+from maha_attn.report.metrics import metric
 from maha_attn.report.positions import by_position
 from maha_attn.report.selection import Selected
 from maha_attn.report.style import COLORS, MUTED, Panel, colored, empty_figure
@@ -98,7 +97,7 @@ def ablation(selected: Sequence[Selected], options: dict[str, Any]) -> list[Pane
 def _option(part: Selected, group: str, labels: dict[str, Any], reference: str) -> go.Figure | None:
     """One option's panel; None where no value of it was run."""
     column = part.part.columns[0]
-    scores = {row: _values(results, column) for row, results in part.rows.items()}
+    scores = {row: part.values(results, column) for row, results in part.rows.items()}
     rows = [row for row in labels if scores.get(row)]
     if not rows:
         return None
@@ -138,10 +137,6 @@ DRAWINGS: dict[str, Drawing] = {
         *(growth, loss_curves, by_position, ablation, attention_maps, weight_distribution),
     )
 }
-
-
-def _values(results: list[Result], column: str) -> list[float]:
-    return [v for result in results if (v := value(result, column)) is not None]
 
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from maha_attn.experiments.comparison import check_comparable
 from maha_attn.experiments.definition import BUDGETS, Budget, Experiment, Part
@@ -44,7 +45,7 @@ class Selected:
         conditions = self.conditions
         return conditions is not None and (self.budget != "smoke" or not conditions.differs)
 
-    @property
+    @cached_property
     def timed(self) -> list[Result]:
         """The results whose times can stand beside each other: of one device.
 

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from maha_attn.experiments.statistics import RESAMPLES, paired_books_error
 from maha_attn.report.metrics import Metric, metric, value
 
 Pair = tuple[Result, Result]
+_Group = TypeVar("_Group", bound=tuple[Result, ...])
 Sampled = tuple[float, int] | None
 """A standard error over the test part and its degrees of freedom; None: unknown."""
 
@@ -78,8 +80,8 @@ def estimate(
 def slope(claim: Claim, row: Sequence[Result]) -> Estimate | None:
     """Least squares of ``log value`` against ``log length``: the mean over runs of one place."""
     known, (low, high) = metric(claim.metric), claim.between or (0, math.inf)
-    slopes: dict[tuple[str, ...], list[float]] = {}
-    for result in row:
+    runs, slopes = [(result,) for result in row], []
+    for (result,) in _in_one_place(runs) if known.by_device else runs:
         curves = result["curves"]
         points = [
             (math.log(n), math.log(v))
@@ -87,10 +89,8 @@ def slope(claim: Claim, row: Sequence[Result]) -> Estimate | None:
             if low <= n <= high and v is not None
         ]
         if len(points) > 2:
-            place = (result["device"], result["commit"]) if known.by_device else ()
-            found = statistics.linear_regression(*zip(*points, strict=True)).slope
-            slopes.setdefault(place, []).append(found)
-    return combine(known, max(slopes.values(), key=len), None) if slopes else None
+            slopes.append(statistics.linear_regression(*zip(*points, strict=True)).slope)
+    return combine(known, slopes, None) if slopes else None
 
 
 def sample_error(column: str, pairs: Sequence[Pair]) -> Sampled:
@@ -204,24 +204,25 @@ def combine(known: Metric, values: list[float], sample: Sampled) -> Estimate:
 
 
 def _pairs(known: Metric, column: str, row: Sequence[Result], than: Sequence[Result]) -> list[Pair]:
-    """Results of the same seed that have the number; times of one commit and device alone.
-
-    It is the one that timed most pairs; of several, the one that was used last.
-    """
+    """Results of the same seed that have the number; times of one place alone."""
     pairs = [
         (a, b)
         for a in row
         for b in than
         if a["seed"] == b["seed"] and value(a, column) is not None and value(b, column) is not None
     ]
-    if not known.by_device:
-        return pairs
-    places: dict[tuple[str, str], list[Pair]] = {}
-    for a, b in pairs:
-        if (place := (a["device"], a["commit"])) == (b["device"], b["commit"]):
-            places.setdefault(place, []).append((a, b))
+    return _in_one_place(pairs) if known.by_device else pairs
+
+
+def _in_one_place(groups: Sequence[_Group]) -> list[_Group]:
+    """Of groups of results, those of one device and commit: where most are, or else the latest."""
+    places: dict[tuple[str, str], list[_Group]] = {}
+    for group in groups:
+        first, *others = ((result["device"], result["commit"]) for result in group)
+        if all(other == first for other in others):
+            places.setdefault(first, []).append(group)
     return max(
-        places.values(), key=lambda own: (len(own), max(a["date"] for a, _ in own)), default=[]
+        places.values(), key=lambda own: (len(own), max(g[0]["date"] for g in own)), default=[]
     )
 
 

@@ -219,9 +219,11 @@ def _obstacle(job: Job, results: Path) -> str:
     """Why a run would be of no use; empty: nothing."""
     if job.pretrained is not None and _diverged(job.pretrained, results):
         return f"what it would start from, {job.pretrained.name}, diverged"
+    if job.experiment.kind == "flops":  # Counted on shapes.
+        return ""
     own, folder = device_class(job.device), job.result(results).parent
     there = {r["device_class"] for r in read_results(folder, results)[0]}
-    if job.experiment.kind != "flops" and there and own not in there:
+    if there and own not in there:
         return (
             f"{folder} has results of another class of device, {', '.join(there)}, which would be "
             f"refused beside this one's, {own}; give another folder with --results"
