@@ -31,13 +31,14 @@ slow: $(STAMP)  ## Run the slow tests
 kills: $(STAMP)  ## Kill training two hundred times and resume it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/training/kill_often.py 200 results/kills.json
 
-gpu: $(STAMP)  ## On a GPU: its tests, then the benchmarks, into results/ (about ten minutes)
-	$(BIN)/maha bench first_call
-	$(BIN)/pytest -n 6 --dist worksteal tests/gpu --gpu-results results/gpu-tests.json
-	$(BIN)/maha bench layer
-	$(BIN)/maha bench ops
-	$(BIN)/maha bench decode
-	$(BIN)/python -m maha_attn.bench.fusion
+gpu: $(STAMP)  ## On a GPU: its tests, then the benchmarks, into runs/gpu (about ten minutes)
+	mkdir -p runs/gpu
+	$(BIN)/maha bench first_call --output runs/gpu/bench-first-call.json
+	$(BIN)/pytest -n 6 --dist worksteal tests/gpu --gpu-results runs/gpu/gpu-tests.json
+	$(BIN)/maha bench layer --output runs/gpu/bench-layer.json
+	$(BIN)/maha bench ops --output runs/gpu/bench-ops.json
+	$(BIN)/maha bench decode --output runs/gpu/bench-decode.json
+	$(BIN)/python -m maha_attn.bench.fusion --output runs/gpu/bench-fusion.json
 
 check: $(STAMP)  ## Lint, check types and imports, run the tests
 	$(BIN)/ruff check
